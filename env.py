@@ -1,0 +1,317 @@
+"""What a run stands on: its configuration, its device, its seed and its processes.
+
+    h = load_config("config_v1.json")        # a frozen, checked Config, called h everywhere
+
+HiFi-GAN's and y-chan's JSON files load as they are.
+"""
+
+import difflib
+import json
+import math
+import os
+import sys
+import types
+import typing
+from dataclasses import MISSING, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# HiFi-GAN's files hold these; nothing here needs them.
+IGNORED_KEYS = {"num_gpus", "num_freq", "dist_config"}
+
+POSITIVE_KEYS = (
+    *("upsample_initial_channel", "discriminator_channel_mult", "batch_size", "learning_rate"),
+    *("segment_size", "num_mels", "n_fft", "hop_size", "win_size", "sampling_rate"),
+)
+
+# A process that hears nothing from the others for so long gives up.
+PROCESS_TIMEOUT = timedelta(minutes=10)
+
+
+class UserError(Exception):
+    """An error that the user can mend: one line that says what, where and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One model and the way it is trained, under HiFi-GAN's names.
+
+    `resblock_num` and `resblock_kernel_size` with flat dilations select MISR;
+    `resblock_kernel_sizes` with nested dilations select HiFi-GAN's MRF.
+
+    Raises UserError where an invariant is broken.
+    """
+
+    # Generator
+    resblock: str  # "1" or "2"
+    upsample_rates: tuple[int, ...]
+    upsample_kernel_sizes: tuple[int, ...]
+    upsample_initial_channel: int
+    resblock_dilation_sizes: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    resblock_num: int | None = None  # MISR: the number N of input convolutions
+    resblock_kernel_size: int | None = None  # MISR: of the one shared block
+    misr_merge: str = "mean"  # MISR: "mean" or "conv"
+    resblock_kernel_sizes: tuple[int, ...] | None = None  # MRF: one for each block
+
+    # Discriminators and losses
+    discriminator_channel_mult: float = 1.0
+    lambda_mel: float = 45.0
+    lambda_feature: float = 2.0
+
+    # Audio; sizes in samples, frequencies in Hz
+    segment_size: int
+    num_mels: int
+    n_fft: int
+    hop_size: int
+    win_size: int
+    sampling_rate: int
+    fmin: float
+    fmax: float | None  # None: half of sampling_rate
+    fmax_for_loss: float | None
+
+    # Training
+    batch_size: int  # of all processes together
+    learning_rate: float
+    adam_b1: float
+    adam_b2: float
+    lr_decay: float  # each epoch
+    seed: int
+    num_workers: int  # of each process
+
+    def __post_init__(self):
+        for key, holds, expected in _invariants(self):
+            if not holds:
+                value = json.dumps(getattr(self, key))
+                raise UserError(f"{key} = {value}: expected {expected}")
+
+    @property
+    def uses_misr(self) -> bool:
+        """True for MISR, False for HiFi-GAN's MRF."""
+        return self.resblock_kernel_sizes is None
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads a JSON config of this repository, of HiFi-GAN or of y-chan's port.
+
+    Raises:
+        UserError: unreadable file, unknown or missing key, wrong type or broken invariant; the
+            message names the file, the key, the value and what was expected.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON config ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object of keys and values")
+    values = {key: value for key, value in values.items() if key not in IGNORED_KEYS}
+    try:
+        h = Config(**_typed(values))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if h.uses_misr and "misr_merge" not in values and rank() == 0:
+        print(f'{path}: no misr_merge, so "mean"; y-chan\'s port merges by "conv"', file=sys.stderr)
+    return h
+
+
+def _typed(values: dict) -> dict:
+    """JSON `values` as Config's field types; names the first key that is unknown or amiss."""
+    known = {field.name: field for field in fields(Config)}
+    kinds = typing.get_type_hints(Config)
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{key} = {json.dumps(values[key])}: unknown key{hint}")
+    for key, field in known.items():
+        if key not in values and field.default is MISSING:
+            raise UserError(f"{key} is missing: expected {_kind_name(kinds[key])}")
+    typed = {}
+    for key, value in values.items():
+        try:
+            typed[key] = _convert(value, kinds[key])
+        except TypeError:
+            expected = _kind_name(kinds[key])
+            raise UserError(f"{key} = {json.dumps(value)}: expected {expected}") from None
+    return typed
+
+
+def _convert(value, kind):
+    """The JSON `value` as `kind`; raises TypeError where it is none."""
+    if isinstance(kind, types.UnionType):
+        for option in typing.get_args(kind):
+            try:
+                return _convert(value, option)
+            except TypeError:
+                pass
+    elif typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
+    elif kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise TypeError
+
+
+def _kind_name(kind) -> str:
+    """`kind` in the words of a JSON file."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_kind_name(option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a list, each {_kind_name(typing.get_args(kind)[0])}"
+    names = {int: "an integer", float: "a number", str: "a string", types.NoneType: "null"}
+    return names[kind]
+
+
+def _invariants(h: Config):
+    """Yields (key, holds, expected); each check may rely on those before it."""
+    for key in POSITIVE_KEYS:
+        yield key, getattr(h, key) > 0, "more than 0"
+    for key in ("lambda_mel", "lambda_feature", "num_workers"):
+        yield key, getattr(h, key) >= 0, "0 or more"
+    for key in ("adam_b1", "adam_b2"):
+        yield key, 0 <= getattr(h, key) < 1, "0 or more and less than 1"
+    yield "lr_decay", 0 < h.lr_decay <= 1, "more than 0 and at most 1"
+    yield "seed", 0 <= h.seed < 2**63, "0 or more and less than 2^63"
+    yield from _audio_invariants(h)
+    yield from _upsampling_invariants(h)
+    yield from _misr_invariants(h) if h.uses_misr else _mrf_invariants(h)
+
+
+def _audio_invariants(h: Config):
+    nyquist = h.sampling_rate / 2
+    yield "win_size", h.win_size <= h.n_fft, f"at most n_fft, {h.n_fft}"
+    padding = h.n_fft - h.hop_size
+    yield "n_fft", padding >= 0 and padding % 2 == 0, f"hop_size, {h.hop_size}, plus an even number"
+    yield (
+        "segment_size",
+        h.segment_size % h.hop_size == 0,
+        f"a multiple of hop_size, {h.hop_size}",
+    )
+    yield "fmin", 0 <= h.fmin < nyquist, f"0 or more and less than sampling_rate / 2, {nyquist:g}"
+    for key in ("fmax", "fmax_for_loss"):
+        fmax = getattr(h, key)
+        expected = f"null or more than fmin, {h.fmin:g}, and at most sampling_rate / 2, {nyquist:g}"
+        yield key, fmax is None or h.fmin < fmax <= nyquist, expected
+
+
+def _upsampling_invariants(h: Config):
+    rates, kernels = h.upsample_rates, h.upsample_kernel_sizes
+    yield "upsample_rates", rates and min(rates) > 0, "a list of one or more positive rates"
+    product = math.prod(rates)
+    expected = f"rates whose product ({product} here) is hop_size, {h.hop_size}"
+    yield "upsample_rates", product == h.hop_size, expected
+    expected = f"one kernel size for each of the {len(rates)} upsample_rates"
+    yield "upsample_kernel_sizes", len(kernels) == len(rates), expected
+    gaps = [kernel - rate for kernel, rate in zip(kernels, rates, strict=True)]
+    expected = f"each its rate of {json.dumps(rates)} plus 0 or an even number"
+    yield "upsample_kernel_sizes", all(gap >= 0 and gap % 2 == 0 for gap in gaps), expected
+    last = h.upsample_initial_channel >> len(rates)
+    expected = f"at least {2 ** len(rates)}: it is halved in each of {len(rates)} stages"
+    yield "upsample_initial_channel", last > 0, expected
+    yield "resblock", h.resblock in ("1", "2"), '"1" or "2"'
+
+
+def _misr_invariants(h: Config):
+    kernel, dilations = h.resblock_kernel_size, h.resblock_dilation_sizes
+    fusion = "one or more for MISR (MRF has resblock_kernel_sizes instead)"
+    yield "resblock_num", h.resblock_num is not None and h.resblock_num > 0, fusion
+    yield "resblock_kernel_size", kernel is not None and _is_odd(kernel), "an odd size for MISR"
+    yield (
+        "resblock_dilation_sizes",
+        _are_dilations(dilations),
+        "a flat list of positive dilations for MISR",
+    )
+    yield "misr_merge", h.misr_merge in ("mean", "conv"), '"mean" or "conv"'
+
+
+def _mrf_invariants(h: Config):
+    kernels, dilations = h.resblock_kernel_sizes, h.resblock_dilation_sizes
+    for key in ("resblock_num", "resblock_kernel_size"):
+        yield key, getattr(h, key) is None, "no such key beside resblock_kernel_sizes (MRF)"
+    yield (
+        "resblock_kernel_sizes",
+        len(kernels) > 0 and all(_is_odd(kernel) for kernel in kernels),
+        "one or more odd sizes",
+    )
+    yield (
+        "resblock_dilation_sizes",
+        len(dilations) == len(kernels)
+        and all(isinstance(each, tuple) and _are_dilations(each) for each in dilations),
+        f"a list of positive dilations for each of the {len(kernels)} resblock_kernel_sizes",
+    )
+
+
+def _is_odd(size: int) -> bool:
+    return size > 0 and size % 2 == 1
+
+
+def _are_dilations(values: tuple) -> bool:
+    return len(values) > 0 and all(isinstance(value, int) and value > 0 for value in values)
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `auto`, `cpu`, `cuda` or `cuda:<index>`.
+
+    `auto` is CUDA where there is any, else the CPU; `cuda` is the GPU of this process's local rank.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:<index>")
+    if device.type == "cpu":
+        return device
+    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {name}: this machine has {count} CUDA devices; try --device cpu")
+    return torch.device("cuda", index)
+
+
+def rank() -> int:
+    """The number of this process among all, of all machines; 0 is the one that writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of processes of this run, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def init_processes(device: torch.device) -> None:
+    """Joins the processes that torchrun started: nccl for GPU tensors, gloo for CPU tensors.
+
+    Does nothing in a run of one process.
+    """
+    if world_size() == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PROCESS_TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=PROCESS_TIMEOUT)
+
+
+def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The sum of `value` over all processes, given to each; `value` itself in a run of one."""
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.SUM)
+    return value
+
+
+def max_over_processes(value: int) -> int:
+    """The largest `value` of all processes, given to each: how they agree on what comes next."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared)

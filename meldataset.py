@@ -1,0 +1,296 @@
+"""From audio files to what the generator learns from.
+
+    ids -> load_wav -> segment -> LogMelSpectrogram -> (mel [num_mels, T], wav [1, T * hop_size])
+
+As a command, writes the mels of a folder of audio files, as `inference.py` would see them:
+
+    python meldataset.py --config config_v1.json --input_wavs_dir wavs --output_dir ft_dataset
+"""
+
+import argparse
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import librosa
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from env import Config, UserError, load_config
+from utils import command_line, plan_outputs, process_files, write_npy
+
+# What libsndfile reads, by extension; the first that exists is taken for an id.
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
+
+MAX_AMPLITUDE = 0.95  # of each training clip's peak, as in HiFi-GAN
+MIN_POWER = 1e-9  # keeps the gradient of the square root finite
+MIN_MAGNITUDE = 1e-5
+SILENT_LOG_MEL = float(np.log(MIN_MAGNITUDE))
+
+# Acoustic models count frames in their own ways: Tacotron 2 has one more than there are hops.
+MAX_FRAMES_ASTRAY = 2
+
+
+class LogMelSpectrogram(nn.Module):
+    """wav [B, N] -> log-mel [B, num_mels, N // hop_size], HiFi-GAN's, for every mel of the project.
+
+    Slaney's filterbank up to `fmax` Hz (None: half of the sampling rate), N at least hop_size.
+    Frame t is centred on samples t * hop_size to (t + 1) * hop_size.
+
+    Source: jik876/hifi-gan, meldataset.py.
+    """
+
+    def __init__(self, h: Config, fmax: float | None):
+        super().__init__()
+        self.n_fft, self.hop_size, self.win_size = h.n_fft, h.hop_size, h.win_size
+        filterbank = librosa.filters.mel(
+            sr=h.sampling_rate, n_fft=h.n_fft, n_mels=h.num_mels, fmin=h.fmin, fmax=fmax
+        )
+        self.register_buffer("filterbank", torch.from_numpy(filterbank), persistent=False)
+        self.register_buffer("window", torch.hann_window(h.win_size), persistent=False)
+
+    def forward(self, wav: torch.Tensor) -> torch.Tensor:
+        frames = wav.shape[-1] // self.hop_size
+        padding = (self.n_fft - self.hop_size) // 2
+        missing = padding + 1 - wav.shape[-1]  # for reflection to have something to reflect
+        wav = F.pad(wav, (0, max(0, missing)))
+        wav = F.pad(wav.unsqueeze(1), (padding, padding), mode="reflect").squeeze(1)
+        spectrum = torch.stft(
+            wav,
+            self.n_fft,
+            hop_length=self.hop_size,
+            win_length=self.win_size,
+            window=self.window,
+            center=False,
+            return_complex=True,
+        )[..., :frames]
+        magnitude = torch.sqrt(spectrum.real.square() + spectrum.imag.square() + MIN_POWER)
+        return torch.log((self.filterbank @ magnitude).clamp(min=MIN_MAGNITUDE))
+
+
+def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torch.Tensor:
+    """Any file that soundfile reads, as one float32 channel [N] in [-1, 1] at `sampling_rate` Hz.
+
+    Raises:
+        UserError: unreadable or empty file, NaN or infinity, or fewer than `min_samples` samples;
+            the message names the file.
+    """
+    try:
+        wav, file_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({error})") from None
+    if not np.isfinite(wav).all():
+        raise UserError(f"{path}: holds samples that are NaN or infinite")
+    wav = wav.mean(axis=1)
+    if len(wav) > 0 and file_rate != sampling_rate:
+        wav = librosa.resample(wav, orig_sr=file_rate, target_sr=sampling_rate, res_type="soxr_hq")
+    if len(wav) < min_samples:
+        raise UserError(
+            f"{path}: {len(wav)} samples at {sampling_rate} Hz; expected at least {min_samples}"
+        )
+    return torch.from_numpy(wav).clamp(-1, 1)
+
+
+def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
+    """A log-mel .npy file, [num_mels, T] or [1, num_mels, T], as float32 [num_mels, T].
+
+    Raises:
+        UserError: unreadable, pickled, empty or non-finite file, or another shape; the message
+            names the file.
+    """
+    try:
+        # Mapped, so that a header that claims too much fails before any memory is taken.
+        mel = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+    if not isinstance(mel, np.ndarray) or mel.dtype.kind not in "fiu":
+        raise UserError(f"{path}: expected one .npy array of real numbers")
+    shape = mel.shape
+    if len(shape) == 3 and shape[0] == 1:
+        mel = mel[0]
+    if mel.ndim != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
+        turned = mel.ndim == 2 and mel.shape[1] == num_mels
+        hint = "; it looks transposed: save mel.T" if turned else ""
+        raise UserError(f"{path}: shape {list(shape)}; expected [{num_mels}, T] frames{hint}")
+    mel = torch.from_numpy(mel.astype(np.float32, order="C"))
+    if not mel.isfinite().all():
+        raise UserError(f"{path}: holds values that are NaN or infinite")
+    return mel
+
+
+def read_clips(file_list: str | Path, wavs_dir: str | Path) -> np.ndarray:
+    """The audio files, relative to `wavs_dir`, of a list in HiFi-GAN's format: `id|anything`.
+
+    An id may contain folders; its extension is found. The names lie in one compact array: worker
+    processes share it, and a list of a million ids takes tens of megabytes.
+
+    Raises:
+        UserError: unreadable list, or an id without an audio file.
+    """
+    try:
+        with open(file_list, encoding="utf-8") as lines:
+            ids = (line.split("|", 1)[0].strip() for line in lines)
+            names = [_find_clip(clip_id, wavs_dir) for clip_id in ids if clip_id]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file_list}: cannot be read ({error})") from None
+    except LookupError as error:
+        raise UserError(
+            f"{file_list}: no audio file for the id {error.args[0]!r} in {wavs_dir}; "
+            f"looked for {', '.join(AUDIO_EXTENSIONS)}"
+        ) from None
+    return np.array(names, dtype=np.dtypes.StringDType())
+
+
+def _find_clip(clip_id: str, wavs_dir: str | Path) -> str:
+    """`clip_id` with the extension that exists; raises LookupError where none does."""
+    for extension in AUDIO_EXTENSIONS:
+        if os.path.isfile(os.path.join(wavs_dir, clip_id + extension)):
+            return clip_id + extension
+    is_named_in_full = clip_id.lower().endswith(AUDIO_EXTENSIONS)
+    if is_named_in_full and os.path.isfile(os.path.join(wavs_dir, clip_id)):
+        return clip_id
+    raise LookupError(clip_id)
+
+
+class MelDataset(torch.utils.data.Dataset):
+    """Segments of the clips of a list: `dataset[epoch, index]` is (mel [num_mels, T], wav [1, N]).
+
+    T = segment_size // hop_size and N = segment_size. Which segment it is follows from the config's
+    seed, the epoch and the index alone.
+
+    With `mels_dir`, for fine-tuning, the mel is cut out of `<mels_dir>/<id>.npy`, an acoustic
+    model's; otherwise it is computed from the segment. Shorter clips are padded with silence.
+    """
+
+    def __init__(
+        self,
+        h: Config,
+        file_list: str | Path,
+        wavs_dir: str | Path,
+        mels_dir: str | Path | None = None,
+    ):
+        self.h = h
+        self.wavs_dir = Path(wavs_dir)
+        self.mels_dir = None if mels_dir is None else Path(mels_dir)
+        self.clips = read_clips(file_list, wavs_dir)
+        self.log_mel = LogMelSpectrogram(h, h.fmax)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        epoch, index = key
+        random = np.random.default_rng((self.h.seed, epoch, index))
+        hop_size, size = self.h.hop_size, self.h.segment_size
+        if self.mels_dir is None:
+            wav = self._load_wav(index)
+            start = random.integers(max(0, wav.shape[1] - size) + 1)
+            wav = _cut(wav, start, size, padding=0.0)
+            return self.log_mel(wav)[0], wav
+        mel, wav = self.whole(index)
+        frames = size // hop_size
+        start = random.integers(max(0, mel.shape[1] - frames) + 1)
+        mel = _cut(mel, start, frames, padding=SILENT_LOG_MEL)
+        return mel, _cut(wav, start * hop_size, size, padding=0.0)
+
+    def whole(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All of clip `index`: (mel [num_mels, T], wav [1, T * hop_size]).
+
+        Raises:
+            UserError: the clip or its mel cannot be used, or their lengths do not belong together.
+        """
+        wav = self._load_wav(index)
+        if self.mels_dir is None:
+            mel = self.log_mel(wav)[0]
+        else:
+            mel = self._load_mel(index, frames=wav.shape[1] // self.h.hop_size)
+        frames = min(mel.shape[1], wav.shape[1] // self.h.hop_size)
+        return mel[:, :frames], wav[:, : frames * self.h.hop_size]
+
+    def _load_wav(self, index: int) -> torch.Tensor:
+        path = self.wavs_dir / self.clips[index]
+        wav = load_wav(path, self.h.sampling_rate, min_samples=self.h.hop_size)
+        peak = wav.abs().max()
+        # An acoustic model's mels were taken at the clip's own level.
+        if self.mels_dir is None and peak > 0:
+            wav = wav * (MAX_AMPLITUDE / peak)
+        return wav.unsqueeze(0)
+
+    def _load_mel(self, index: int, frames: int) -> torch.Tensor:
+        path = self.mels_dir / f"{os.path.splitext(self.clips[index])[0]}.npy"
+        mel = load_mel(path, self.h.num_mels)
+        if abs(mel.shape[1] - frames) > MAX_FRAMES_ASTRAY:
+            raise UserError(
+                f"{path}: {mel.shape[1]} frames, but {self.clips[index]} has {frames} of "
+                f"{self.h.hop_size} samples; expected at most {MAX_FRAMES_ASTRAY} more or fewer"
+            )
+        return mel
+
+
+def _cut(x: torch.Tensor, start: int, length: int, padding: float) -> torch.Tensor:
+    """x[..., start : start + length], with `padding` where x ends before."""
+    x = x[..., start : start + length]
+    return F.pad(x, (0, length - x.shape[-1]), value=padding)
+
+
+class EndlessBatches(torch.utils.data.Sampler):
+    """Yields the keys (epoch, index) of this process's share of each batch, epoch after epoch.
+
+    The order of an epoch follows from (seed, epoch) alone, whatever the number of processes. A last
+    batch that would not be full is dropped, as in HiFi-GAN. `epoch` and `epoch_step`, the batches
+    of it already taken, say where to begin.
+    """
+
+    def __init__(
+        self,
+        num_clips: int,
+        h: Config,
+        epoch: int = 0,
+        epoch_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.num_clips, self.batch_size, self.seed = num_clips, h.batch_size, h.seed
+        self.epoch, self.epoch_step = epoch, epoch_step
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.batch_size
+        first = self.epoch_step * size
+        for epoch in itertools.count(self.epoch):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_clips)
+            for begin in range(first, self.num_clips - size + 1, size):
+                share = order[begin : begin + size][self.rank :: self.world_size]
+                yield [(epoch, int(index)) for index in share]
+            first = 0
+
+
+def main() -> int:
+    """Writes `<output_dir>/<id>.npy`, [num_mels, T], for each audio file."""
+    parser = argparse.ArgumentParser(
+        description="Writes the log-mels of audio files as .npy: to try fine-tuning and "
+        "inference_e2e.py without an acoustic model, and to compare an acoustic model's mels with.",
+        epilog="Example: python meldataset.py --config config_v1.json --input_wavs_dir "
+        "LJSpeech-1.1/wavs --output_dir ft_dataset",
+    )
+    parser.add_argument("--config", required=True, help="JSON config that holds the mel's recipe")
+    parser.add_argument("--input_wavs_dir", required=True, help="folder (in depth) or one file")
+    parser.add_argument("--output_dir", required=True, help="where <id>.npy [num_mels, T] go")
+    a = parser.parse_args()
+    h = load_config(a.config)
+    log_mel = LogMelSpectrogram(h, h.fmax)
+
+    def write_mel(source: Path, output: Path) -> None:
+        wav = load_wav(source, h.sampling_rate, min_samples=h.hop_size)
+        write_npy(output, log_mel(wav.unsqueeze(0))[0].numpy())
+
+    jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, ending=".npy")
+    return process_files(jobs, write_mel)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,413 @@
+"""The generator, the discriminators and the losses.
+
+    mel [B, num_mels, T] -> Generator -> wav [B, 1, N], N = T * hop_size
+    wav [B, 1, N] -> MultiPeriodDiscriminator, MultiScaleDiscriminator -> (scores, features)
+
+MISRNet (Kaneko et al., Interspeech 2022) is HiFi-GAN (Kong et al., NeurIPS 2020) with each
+multi-receptive-field fusion (MRF) replaced by a multi-input single shared residual block (MISR).
+Parameters have the names of jik876/hifi-gan, so its checkpoints load.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+
+from env import Config
+
+LRELU_SLOPE = 0.1
+FOLD = 4  # samples; a multiple of MSD's strides
+POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, its weights need it
+
+
+def _conv1d(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Conv1d:
+    """A weight-normalised convolution that keeps the length (kernel_size is odd)."""
+    padding = dilation * (kernel_size - 1) // 2
+    conv = nn.Conv1d(in_channels, out_channels, kernel_size, dilation=dilation, padding=padding)
+    return weight_norm(conv)
+
+
+class ResBlock1(nn.Module):
+    """Residual units of a dilated and a plain convolution, [B, C, T] -> [B, C, T].
+
+    Source: HiFi-GAN, appendix A.1.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]):
+        super().__init__()
+        self.convs1 = nn.ModuleList(_conv1d(channels, channels, kernel_size, d) for d in dilations)
+        self.convs2 = nn.ModuleList(_conv1d(channels, channels, kernel_size) for _ in dilations)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
+            hidden = conv1(F.leaky_relu(x, LRELU_SLOPE))
+            x = x + conv2(F.leaky_relu(hidden, LRELU_SLOPE))
+        return x
+
+
+class ResBlock2(nn.Module):
+    """Residual units of one dilated convolution, [B, C, T] -> [B, C, T]; HiFi-GAN's V3."""
+
+    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]):
+        super().__init__()
+        self.convs = nn.ModuleList(_conv1d(channels, channels, kernel_size, d) for d in dilations)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv in self.convs:
+            x = x + conv(F.leaky_relu(x, LRELU_SLOPE))
+        return x
+
+
+RESBLOCKS = {"1": ResBlock1, "2": ResBlock2}
+
+
+class MRF(nn.ModuleList):
+    """Multi-receptive-field fusion: the mean of several residual blocks, [B, C, T] -> [B, C, T].
+
+    Its weights keep PyTorch's default initialisation. That is what HiFi-GAN trains with: its
+    N(0, 0.01) is written into weights that weight norm computes anew at the first forward.
+
+    Source: HiFi-GAN, section 2.2.
+    """
+
+    def __init__(self, channels, kernel_sizes, dilation_sizes, resblock=ResBlock1):
+        pairs = zip(kernel_sizes, dilation_sizes, strict=True)
+        super().__init__(resblock(channels, kernel, dilations) for kernel, dilations in pairs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(block(x) for block in self) / len(self)
+
+
+class MISR(nn.Module):
+    """Multi-input single shared residual block, [B, C, T] -> [B, C, T].
+
+    N different 1x1 convolutions of the same input, ONE residual block shared by all N results, and
+    a merge: their mean, as in MRF, or a learned 1x1 convolution. The N results go through the block
+    as one batch of B * N, so that the block runs once.
+
+    Source: Kaneko et al., "MISRNet: Lightweight Neural Vocoder Using Multi-Input Single Shared
+    Residual Blocks", Interspeech 2022.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_inputs: int,
+        kernel_size: int,
+        dilations: tuple[int, ...],
+        merge: str,
+        resblock: type[nn.Module] = ResBlock1,
+    ):
+        super().__init__()
+        self.num_inputs = num_inputs
+        # Dense C -> N * C holds the same [N * C, C, 1] weight as N groups over N copies of the
+        # input, and needs no copies.
+        self.input_conv = _conv1d(channels, num_inputs * channels, kernel_size=1)
+        self.resblock = resblock(channels, kernel_size, dilations)
+        self.output_conv = None
+        if merge == "conv":
+            self.output_conv = _conv1d(num_inputs * channels, channels, kernel_size=1)
+        self._initialise(channels)
+
+    @torch.no_grad()
+    def _initialise(self, channels: int) -> None:
+        """Starts near the identity, with N different views of it.
+
+        With PyTorch's default input convolutions, the block starts from N random mixtures of its
+        channels and learns markedly slower than MRF; so it starts, like MRF, from x itself plus
+        small residuals. Weights are assigned, not written into: weight norm recomputes them.
+        """
+        for conv in self.resblock.modules():
+            if isinstance(conv, nn.Conv1d):
+                conv.weight = 0.01 * torch.randn_like(conv.weight)
+        views = torch.eye(channels).repeat(self.num_inputs, 1).unsqueeze(-1)
+        noise = torch.randn_like(self.input_conv.weight)
+        self.input_conv.weight = views + 0.5 / math.sqrt(channels) * noise
+        self.input_conv.bias.zero_()
+        if self.output_conv is not None:  # starts as the mean
+            mean = torch.eye(channels).repeat(1, self.num_inputs).unsqueeze(-1) / self.num_inputs
+            self.output_conv.weight = mean
+            self.output_conv.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, T = x.shape
+        N = self.num_inputs
+        y = self.resblock(self.input_conv(x).reshape(B * N, C, T))
+        if self.output_conv is None:
+            return y.reshape(B, N, C, T).mean(dim=1)
+        return self.output_conv(y.reshape(B, N * C, T))
+
+
+class Generator(nn.Module):
+    """Log-mel [B, num_mels, T] -> waveform [B, 1, T * hop_size] in [-1, 1].
+
+    Source: HiFi-GAN, section 2.2, with MISR or MRF after each transposed convolution.
+    """
+
+    def __init__(self, h: Config):
+        super().__init__()
+        channels = h.upsample_initial_channel
+        self.conv_pre = _conv1d(h.num_mels, channels, kernel_size=7)
+        self.ups = nn.ModuleList()
+        self.fusions = []
+        for rate, kernel in zip(h.upsample_rates, h.upsample_kernel_sizes, strict=True):
+            padding = (kernel - rate) // 2
+            up = nn.ConvTranspose1d(channels, channels // 2, kernel, rate, padding=padding)
+            self.ups.append(weight_norm(up))
+            channels //= 2
+            self.fusions.append(_fusion(h, channels))
+        # The weights' names: `resblocks.{stage}` for MISR and, as in HiFi-GAN's files,
+        # `resblocks.{stage * kernels + k}` for MRF. So `fusions` is a plain list, not registered.
+        blocks = self.fusions if h.uses_misr else [block for mrf in self.fusions for block in mrf]
+        self.resblocks = nn.ModuleList(blocks)
+        self.conv_post = _conv1d(channels, 1, kernel_size=7)
+        self.register_load_state_dict_pre_hook(_accept_old_keys)
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        x = self.conv_pre(mel)
+        for up, fusion in zip(self.ups, self.fusions, strict=True):
+            x = fusion(up(F.leaky_relu(x, LRELU_SLOPE)))
+        x = F.leaky_relu(x, POST_LRELU_SLOPE)
+        # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.tanh(self.conv_post(x.to(self.conv_post.bias.dtype)))
+
+    def remove_weight_norm(self) -> None:
+        """Replaces each normalised weight by its value: the same function, faster."""
+        for module in self.modules():
+            if is_parametrized(module, "weight"):
+                remove_parametrizations(module, "weight")
+
+
+def _fusion(h: Config, channels: int) -> nn.Module:
+    resblock = RESBLOCKS[h.resblock]
+    if h.uses_misr:
+        return MISR(
+            channels,
+            h.resblock_num,
+            kernel_size=h.resblock_kernel_size,
+            dilations=h.resblock_dilation_sizes,
+            merge=h.misr_merge,
+            resblock=resblock,
+        )
+    return MRF(channels, h.resblock_kernel_sizes, h.resblock_dilation_sizes, resblock=resblock)
+
+
+def _width(channels: int, h: Config) -> int:
+    """`channels` by `discriminator_channel_mult`, to a multiple of 16, the most groups of MSD."""
+    return max(16, round(channels * h.discriminator_channel_mult / 16) * 16)
+
+
+class PeriodDiscriminator(nn.Module):
+    """Scores a waveform seen as `period` interleaved ones.
+
+    wav [B, 1, N] -> (scores [B, S], features), each feature [B, C, S', period].
+
+    Weights and features have HiFi-GAN's shapes, with (k, 1) kernels. The convolutions run on the
+    transposed picture, where time lies innermost: the same sums, up to 1.6 times as fast on CPUs.
+
+    Source: HiFi-GAN, section 2.3.
+    """
+
+    def __init__(self, period: int, h: Config):
+        super().__init__()
+        self.period = period
+        widths = [1, *(_width(channels, h) for channels in (32, 128, 512, 1024, 1024))]
+        self.convs = nn.ModuleList(
+            weight_norm(nn.Conv2d(c_in, c_out, (5, 1), (stride, 1), padding=(2, 0)))
+            for (c_in, c_out), stride in zip(pairwise(widths), (3, 3, 3, 3, 1), strict=True)
+        )
+        self.conv_post = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
+
+    def forward(self, wav: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        B, _, N = wav.shape
+        wav = F.pad(wav, (0, -N % self.period), mode="reflect")
+        x = wav.reshape(B, 1, -1, self.period).transpose(2, 3)  # [B, 1, period, N / period]
+        features = []
+        for conv in self.convs:
+            x = F.leaky_relu(_conv_along_time(conv, x), LRELU_SLOPE)
+            features.append(x.transpose(2, 3))
+        features.append(_conv_along_time(self.conv_post, x).transpose(2, 3))
+        return features[-1].flatten(1), features
+
+
+def _conv_along_time(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """The (k, 1) convolution `conv` as a (1, k) one of x [B, C, period, S]."""
+    weight, stride, padding = conv.weight.transpose(2, 3), conv.stride[::-1], conv.padding[::-1]
+    return F.conv2d(x, weight, conv.bias, stride=stride, padding=padding)
+
+
+class ScaleDiscriminator(nn.Module):
+    """Scores a waveform by strided, grouped convolutions.
+
+    wav [B, 1, N] -> (scores [B, S], features), each feature [B, C, S'].
+
+    Source: HiFi-GAN, section 2.3; MelGAN.
+    """
+
+    def __init__(self, norm, h: Config):
+        super().__init__()
+        widths = [1, *(_width(c, h) for c in (128, 128, 256, 512, 1024, 1024, 1024))]
+        kernels, strides = (15, 41, 41, 41, 41, 41, 5), (1, 2, 2, 4, 4, 1, 1)
+        groups = (1, 4, 16, 16, 16, 16, 1)
+        self.convs = nn.ModuleList(
+            norm(nn.Conv1d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=group))
+            for (c_in, c_out), kernel, stride, group in zip(
+                pairwise(widths), kernels, strides, groups, strict=True
+            )
+        )
+        self.conv_post = norm(nn.Conv1d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, wav: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        x, features = wav, []
+        for conv in self.convs:
+            x = F.leaky_relu(_strided_conv(conv, x), LRELU_SLOPE)
+            features.append(x)
+        features.append(self.conv_post(x))
+        return features[-1].flatten(1), features
+
+
+def _strided_conv(conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
+    """`conv(x)`, 2 to 4 times as fast on CPUs where `conv` is strided and grouped.
+
+    CPU libraries are slow at strides and at groups of few channels. So FOLD samples of time become
+    channels and the stride FOLD / stride phases of the output: a convolution of stride 1 with more
+    channels in each group, whose kernels are those of `conv`, shifted for each phase. The same sum.
+    """
+    if conv.groups == 1 or conv.stride[0] == 1 or x.device.type != "cpu":
+        return conv(x)
+    B, C, T = x.shape
+    O, _, K = conv.weight.shape  # noqa: E741
+    stride, padding, G = conv.stride[0], conv.padding[0], conv.groups
+    phases = FOLD // stride
+    S = (T + 2 * padding - K) // stride + 1  # output samples
+    blocks = -(-S // phases)
+    taps = -(-((phases - 1) * stride + K) // FOLD)
+    length = (blocks + taps - 1) * FOLD
+    x = F.pad(x, (padding, length - T - padding))
+    x = x.reshape(B, C, -1, FOLD).transpose(2, 3).reshape(B, C * FOLD, -1)
+    shifts = [(i * stride, taps * FOLD - K - i * stride) for i in range(phases)]
+    weight = torch.stack([F.pad(conv.weight, shift) for shift in shifts], dim=1)
+    weight = weight.reshape(O * phases, C // G, taps, FOLD).transpose(2, 3)
+    weight = weight.reshape(O * phases, C // G * FOLD, taps)
+    y = F.conv1d(x, weight, conv.bias.repeat_interleave(phases), groups=G)
+    return y.reshape(B, O, phases, blocks).transpose(2, 3).reshape(B, O, -1)[..., :S]
+
+
+class MultiPeriodDiscriminator(nn.Module):
+    """MPD: wav [B, 1, N] -> (scores, features), lists with an entry for each period.
+
+    Source: HiFi-GAN, section 2.3.
+    """
+
+    def __init__(self, h: Config):
+        super().__init__()
+        self.discriminators = nn.ModuleList(PeriodDiscriminator(p, h) for p in (2, 3, 5, 7, 11))
+        self.register_load_state_dict_pre_hook(_accept_old_keys)
+
+    def forward(self, wav: torch.Tensor) -> tuple[list, list]:
+        scores, features = zip(*(each(wav) for each in self.discriminators), strict=True)
+        return list(scores), list(features)
+
+
+class MultiScaleDiscriminator(nn.Module):
+    """MSD: wav [B, 1, N] -> (scores, features), lists with an entry for each scale: N, N/2, N/4.
+
+    Source: HiFi-GAN, section 2.3. The first scale has spectral norm, the others weight norm.
+    """
+
+    def __init__(self, h: Config):
+        super().__init__()
+        norms = (spectral_norm, weight_norm, weight_norm)
+        self.discriminators = nn.ModuleList(ScaleDiscriminator(norm, h) for norm in norms)
+        self.register_load_state_dict_pre_hook(_accept_old_keys)
+
+    def forward(self, wav: torch.Tensor) -> tuple[list, list]:
+        scores, features = [], []
+        for scale, discriminator in enumerate(self.discriminators):
+            if scale > 0:
+                wav = F.avg_pool1d(wav, kernel_size=4, stride=2, padding=2)
+            score, feature = discriminator(wav)
+            scores.append(score)
+            features.append(feature)
+        return scores, features
+
+
+class Discriminators(nn.Module):
+    """MSD and MPD as one: wav [B, 1, N] -> (scores, features), eight lists of each.
+
+    MSD comes first, as in the parameters of HiFi-GAN's optim_d.
+    """
+
+    def __init__(self, h: Config):
+        super().__init__()
+        self.msd = MultiScaleDiscriminator(h)
+        self.mpd = MultiPeriodDiscriminator(h)
+
+    def forward(self, wav: torch.Tensor) -> tuple[list, list]:
+        (msd_scores, msd_features), (mpd_scores, mpd_features) = self.msd(wav), self.mpd(wav)
+        return msd_scores + mpd_scores, msd_features + mpd_features
+
+
+def modern_keys(state_dict: dict) -> dict:
+    """`state_dict` with the keys of the old weight_norm and spectral_norm, as in HiFi-GAN's files,
+    replaced by those of torch.nn.utils.parametrizations."""
+    renamed = {}
+    for key, value in state_dict.items():
+        layer, _, name = key.rpartition(".")
+        is_spectral = f"{layer}.weight_orig" in state_dict
+        renames = OLD_SPECTRAL_NORM_KEYS if is_spectral else OLD_WEIGHT_NORM_KEYS
+        renamed[f"{layer}.{renames[name]}" if name in renames else key] = value
+    return renamed
+
+
+OLD_WEIGHT_NORM_KEYS = {
+    "weight_g": "parametrizations.weight.original0",
+    "weight_v": "parametrizations.weight.original1",
+}
+OLD_SPECTRAL_NORM_KEYS = {
+    "weight_orig": "parametrizations.weight.original",
+    "weight_u": "parametrizations.weight.0._u",
+    "weight_v": "parametrizations.weight.0._v",
+}
+
+
+def _accept_old_keys(module: nn.Module, state_dict: dict, *_) -> None:
+    renamed = modern_keys(state_dict)
+    state_dict.clear()
+    state_dict.update(renamed)
+
+
+def discriminator_loss(real_scores: list, fake_scores: list) -> torch.Tensor:
+    """LSGAN: real scores to 1, fake ones to 0; summed over the discriminators (HiFi-GAN, eq. 1)."""
+    pairs = zip(real_scores, fake_scores, strict=True)
+    return sum(
+        (1 - _at_least_fp32(real)).square().mean() + _at_least_fp32(fake).square().mean()
+        for real, fake in pairs
+    )
+
+
+def generator_loss(fake_scores: list) -> torch.Tensor:
+    """LSGAN: fake scores to 1; summed over the discriminators (HiFi-GAN, eq. 2)."""
+    return sum((1 - _at_least_fp32(fake)).square().mean() for fake in fake_scores)
+
+
+def feature_loss(real_features: list, fake_features: list) -> torch.Tensor:
+    """Mean L1 distance of each feature, summed over layers and discriminators (HiFi-GAN, eq. 4).
+
+    Takes a list for each discriminator of its features; the caller weights the sum.
+    """
+    return sum(
+        F.l1_loss(_at_least_fp32(fake), _at_least_fp32(real))
+        for reals, fakes in zip(real_features, fake_features, strict=True)
+        for real, fake in zip(reals, fakes, strict=True)
+    )
+
+
+def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Autocast's bfloat16 as float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,148 @@
+"""HiFi-GAN's training step in textbook form: the oracle of the tests, the baseline of benchmark.py.
+
+Written from the paper and the public description of its loop: plain (k, 1) and strided grouped
+convolutions, the old weight and spectral norm with their key names, real and generated waveforms
+through each discriminator apart, and a generator step that also computes, and drops, the gradients
+of the discriminators' weights. Module names are those of jik876/hifi-gan's checkpoints.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torch.nn.utils import spectral_norm, weight_norm
+
+warnings.filterwarnings("ignore", message=".*weight_norm.* is deprecated")
+
+PERIOD_LAYERS = [(1, 32, 3), (32, 128, 3), (128, 512, 3), (512, 1024, 3), (1024, 1024, 1)]
+SCALE_LAYERS = [  # in, out, kernel, stride, groups
+    (1, 128, 15, 1, 1),
+    (128, 128, 41, 2, 4),
+    (128, 256, 41, 2, 16),
+    (256, 512, 41, 4, 16),
+    (512, 1024, 41, 4, 16),
+    (1024, 1024, 41, 1, 16),
+    (1024, 1024, 5, 1, 1),
+]
+
+
+def scaled(channels: int, mult: float) -> int:
+    """The width of a discriminator layer; 1 is the waveform."""
+    return channels if channels == 1 else max(16, round(channels * mult / 16) * 16)
+
+
+class Period(nn.Module):
+    def __init__(self, period: int, mult: float):
+        super().__init__()
+        self.period = period
+        self.convs = nn.ModuleList(
+            weight_norm(
+                nn.Conv2d(scaled(a, mult), scaled(b, mult), (5, 1), (stride, 1), padding=(2, 0))
+            )
+            for a, b, stride in PERIOD_LAYERS
+        )
+        self.conv_post = weight_norm(nn.Conv2d(scaled(1024, mult), 1, (3, 1), 1, padding=(1, 0)))
+
+    def forward(self, x):
+        batch, channels, length = x.shape
+        if length % self.period:
+            x = F.pad(x, (0, self.period - length % self.period), "reflect")
+        x = x.view(batch, channels, -1, self.period)
+        return run_layers(self, x)
+
+
+class Scale(nn.Module):
+    def __init__(self, norm, mult: float):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            norm(
+                nn.Conv1d(scaled(a, mult), scaled(b, mult), k, s, padding=(k - 1) // 2, groups=g)
+            )
+            for a, b, k, s, g in SCALE_LAYERS
+        )
+        self.conv_post = norm(nn.Conv1d(scaled(1024, mult), 1, 3, 1, padding=1))
+
+    def forward(self, x):
+        return run_layers(self, x)
+
+
+def run_layers(discriminator, x):
+    """(score [B, S], features) of one discriminator."""
+    features = []
+    for conv in discriminator.convs:
+        x = F.leaky_relu(conv(x), 0.1)
+        features.append(x)
+    x = discriminator.conv_post(x)
+    features.append(x)
+    return torch.flatten(x, 1, -1), features
+
+
+class MultiPeriod(nn.Module):
+    def __init__(self, mult: float = 1.0):
+        super().__init__()
+        self.discriminators = nn.ModuleList(Period(p, mult) for p in (2, 3, 5, 7, 11))
+
+    def forward(self, real, fake):
+        return [(each(real), each(fake)) for each in self.discriminators]
+
+
+class MultiScale(nn.Module):
+    def __init__(self, mult: float = 1.0):
+        super().__init__()
+        norms = (spectral_norm, weight_norm, weight_norm)
+        self.discriminators = nn.ModuleList(Scale(norm, mult) for norm in norms)
+        self.pool = nn.AvgPool1d(4, 2, padding=2)
+
+    def forward(self, real, fake):
+        results = []
+        for i, discriminator in enumerate(self.discriminators):
+            if i > 0:
+                real, fake = self.pool(real), self.pool(fake)
+            results.append((discriminator(real), discriminator(fake)))
+        return results
+
+
+def lsgan_discriminator(results):
+    """Sum over discriminators of E[(D(x) - 1)^2] + E[D(G(s))^2]."""
+    return sum(
+        torch.mean((1 - real_score) ** 2) + torch.mean(fake_score**2)
+        for (real_score, _), (fake_score, _) in results
+    )
+
+
+def lsgan_generator(results):
+    """Sum over discriminators of E[(D(G(s)) - 1)^2]."""
+    return sum(torch.mean((1 - fake_score) ** 2) for _, (fake_score, _) in results)
+
+
+def feature_matching(results):
+    """Twice the sum over discriminators and layers of the mean L1 distance."""
+    return 2 * sum(
+        torch.mean(torch.abs(real - fake))
+        for (_, real_features), (_, fake_features) in results
+        for real, fake in zip(real_features, fake_features, strict=True)
+    )
+
+
+def textbook_step(generator, mpd, msd, optim_g, optim_d, log_mel, mel, wav):
+    """One update in HiFi-GAN's order; returns (discriminator loss, generator loss)."""
+    wav_hat = generator(mel)
+    mel_hat = log_mel(wav_hat.squeeze(1))
+    optim_d.zero_grad()
+    detached = wav_hat.detach()
+    loss_d = lsgan_discriminator(mpd(wav, detached)) + lsgan_discriminator(msd(wav, detached))
+    loss_d.backward()
+    optim_d.step()
+    optim_g.zero_grad()
+    loss_mel = F.l1_loss(log_mel(wav.squeeze(1)), mel_hat) * 45
+    by_period, by_scale = mpd(wav, wav_hat), msd(wav, wav_hat)
+    loss_features = feature_matching(by_period) + feature_matching(by_scale)
+    loss_adversarial = lsgan_generator(by_period) + lsgan_generator(by_scale)
+    loss_g = loss_adversarial + loss_features + loss_mel
+    loss_g.backward()
+    optim_g.step()
+    return loss_d.detach(), loss_g.detach()

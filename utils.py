@@ -1,0 +1,203 @@
+"""What every script shares: files in and out, checkpoints, pictures and the command line."""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import soundfile
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from env import UserError
+
+matplotlib.use("Agg")  # draws into files and TensorBoard, never on a screen
+
+PCM16_MAX = 32767
+
+
+def command_line(main: Callable[[], int | None]) -> None:
+    """Runs a script's `main` and exits with its status; a UserError becomes one line, status 1."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        # An error from a data worker arrives with the worker's traceback before it.
+        message = str(error).rsplit("UserError: ", 1)[-1]
+        sys.exit("error: " + " ".join(message.split()))
+
+
+def boolean(text: str) -> bool:
+    """The command-line word `True` or `False`, in any case."""
+    words = {"true": True, "false": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    return words[text.lower()]
+
+
+def positive(text: str) -> int:
+    """A command-line integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of 1 or more, not {text!r}")
+    return int(text)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and renames it to `path` once it is written whole.
+
+    Whatever goes wrong, `path` holds its old contents or all of the new ones, also after a power
+    cut. Folders are made as needed.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def plan_outputs(
+    inputs: str | Path, extensions: tuple[str, ...], output_dir: str | Path, ending: str
+) -> list[tuple[Path, Path]]:
+    """Pairs each file of `inputs` with the file to make of it: `<output_dir>/<name><ending>`.
+
+    `inputs` is one file, or a folder, which is searched in depth and whose structure is kept.
+    Files with other extensions are counted and passed over; what lies in `output_dir` is no input.
+
+    Raises:
+        UserError: nothing to do, or two inputs that would make the same output.
+    """
+    inputs, output_dir = Path(inputs), Path(output_dir)
+    if inputs.is_file():
+        return [(inputs, output_dir / f"{inputs.stem}{ending}")]
+    if not inputs.is_dir():
+        raise UserError(f"{inputs}: no such file or folder")
+    files = sorted(path for path in inputs.rglob("*") if path.is_file())
+    if output_dir.resolve() != inputs.resolve():
+        files = [path for path in files if output_dir.resolve() not in path.resolve().parents]
+    chosen = [path for path in files if path.suffix.lower() in extensions]
+    if len(chosen) < len(files):
+        others = len(files) - len(chosen)
+        print(f"{inputs}: {others} files passed over, none of {', '.join(extensions)}")
+    if not chosen:
+        raise UserError(f"{inputs}: no files with an extension of {', '.join(extensions)}")
+    makers = {}
+    for path in chosen:
+        output = output_dir / path.relative_to(inputs).with_name(f"{path.stem}{ending}")
+        if output in makers:
+            raise UserError(f"{makers[output]} and {path} would both be written to {output}")
+        makers[output] = path
+    return [(path, output) for output, path in makers.items()]
+
+
+def process_files(jobs: list[tuple[Path, Path]], process: Callable[[Path, Path], None]) -> int:
+    """Calls `process(input, output)` for each job; one that raises UserError is named and skipped.
+
+    Returns the exit status: 0, or 1 where any was skipped.
+    """
+    failures = 0
+    for source, output in tqdm(jobs, unit="file", disable=None):
+        try:
+            process(source, output)
+        except UserError as error:
+            failures += 1
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+    print(f"{len(jobs) - failures} files written" + (f", {failures} skipped" if failures else ""))
+    return 1 if failures else 0
+
+
+def write_wav(path: str | Path, wav: torch.Tensor, sampling_rate: int) -> None:
+    """Writes a waveform [N] in [-1, 1] as PCM 16, clamped: +1.0 is 32767 and never wraps."""
+    pcm = (wav.detach().cpu().float().clamp(-1, 1) * PCM16_MAX).round().to(torch.int16)
+    with replacing(path) as temporary:
+        soundfile.write(temporary, pcm.numpy(), sampling_rate, subtype="PCM_16", format="WAV")
+
+
+def write_npy(path: str | Path, array: np.ndarray) -> None:
+    """Writes one array as a .npy file."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+
+
+def plot_spectrogram(mel: np.ndarray, hop_seconds: float) -> Figure:
+    """A picture of a log-mel [num_mels, T] whose frames are `hop_seconds` apart."""
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    axes = figure.add_subplot()
+    seconds = mel.shape[1] * hop_seconds
+    image = axes.imshow(
+        mel,
+        aspect="auto",
+        origin="lower",
+        interpolation="none",
+        extent=(0, seconds, 0, mel.shape[0]),
+    )
+    axes.set(xlabel="time (s)", ylabel="mel band")
+    figure.colorbar(image, ax=axes, label="log magnitude")
+    return figure
+
+
+def save_checkpoint(path: str | Path, contents: dict) -> None:
+    """Writes tensors and plain types, whole or not at all."""
+    with replacing(path) as temporary:
+        try:
+            torch.save(contents, temporary)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise UserError(f"{path}: cannot be written ({error})") from None
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads a checkpoint into CPU memory; pickled code in it is never run.
+
+    Raises:
+        UserError: missing, damaged or unsafe file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive fails in a dozen ways
+        reason = str(error).split(". ")[0] or type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: not a checkpoint of this family, which hold a dictionary")
+    return contents
+
+
+def checkpoint_path(folder: str | Path, prefix: str, steps: int) -> Path:
+    """`<folder>/<prefix>_<steps>`: g_00005000 is the generator after 5000 updates."""
+    return Path(folder) / f"{prefix}_{steps:08d}"
+
+
+def checkpoint_steps(folder: str | Path, prefix: str) -> list[int]:
+    """The steps of the checkpoints `<prefix>_*` in `folder`, ascending."""
+    folder = Path(folder)
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    matches = (re.fullmatch(rf"{prefix}_(\d{{8,}})", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
