@@ -54,6 +54,10 @@ from utils import (
     checkpoint_steps,
     command_line,
     load_checkpoint,
+    load_matching,
+    load_optimizer,
+    load_weights,
+    paired_steps,
     plot_spectrogram,
     positive,
     replacing,
@@ -61,6 +65,8 @@ from utils import (
 )
 
 SHOWN_CLIPS = 5  # of the validation clips go to TensorBoard, as in HiFi-GAN
+GENERATOR_KEYS = ("generator",)  # of g_* files
+TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_* files
 DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
 
 
@@ -250,14 +256,10 @@ def save(state: State, folder: Path, keep: int) -> None:
 
 
 def _last_good(folder: Path) -> str:
-    pairs = _paired_steps(folder)
+    pairs = paired_steps(folder)
     if not pairs:
         return f"{folder} holds no checkpoint yet"
     return f"the last good checkpoint is {checkpoint_path(folder, 'g', pairs[-1])}"
-
-
-def _paired_steps(folder: Path) -> list[int]:
-    return sorted(set(checkpoint_steps(folder, "g")) & set(checkpoint_steps(folder, "do")))
 
 
 def resume(state: State, folder: Path) -> bool:
@@ -268,7 +270,7 @@ def resume(state: State, folder: Path) -> bool:
     Raises:
         UserError: a pair that does not fit the config, or files from which nothing can be resumed.
     """
-    pairs = _paired_steps(folder)
+    pairs = paired_steps(folder)
     for steps in reversed(pairs):
         paths = [checkpoint_path(folder, prefix, steps) for prefix in ("g", "do")]
         try:
@@ -290,36 +292,17 @@ def resume(state: State, folder: Path) -> bool:
 
 
 def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
-    try:
-        state.generator.load_state_dict(g["generator"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{paths[0]}: does not fit the config ({_summary(error)})") from None
-    try:
-        state.discriminators.mpd.load_state_dict(do["mpd"])
-        state.discriminators.msd.load_state_dict(do["msd"])
-        _restore_optimizer(state.optim_g, do["optim_g"])
-        _restore_optimizer(state.optim_d, do["optim_d"])
-        state.steps, state.epoch = do["steps"], max(0, do["epoch"])
-        state.epoch_step = do.get("epoch_step", 0)  # not in HiFi-GAN's files
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{paths[1]}: does not fit the config ({_summary(error)})") from None
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Takes the moments; learning rate, betas and the like are the config's."""
-    (ours,), (theirs,) = optimizer.state_dict()["param_groups"], saved["param_groups"]
-    for param, key in zip(optimizer.param_groups[0]["params"], theirs["params"], strict=True):
-        if key in saved["state"] and saved["state"][key]["exp_avg"].shape != param.shape:
-            shape = list(saved["state"][key]["exp_avg"].shape)
-            raise ValueError(f"optimizer moments of shape {shape}, expected {list(param.shape)}")
-    groups = [ours | {"params": theirs["params"]}]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
-def _summary(error: Exception) -> str:
-    """The first detail of a load_state_dict error, or the whole of a shorter one."""
-    lines = str(error).splitlines()
-    return lines[1].strip() if len(lines) > 1 else f"{type(error).__name__}: {error}"
+    for path, contents, keys in zip(paths, (g, do), (GENERATOR_KEYS, TRAINING_KEYS), strict=True):
+        missing = [key for key in keys if key not in contents]
+        if missing:
+            raise UserError(f"{path}: holds no {', '.join(missing)}")
+    load_weights(state.generator, g["generator"], paths[0])
+    load_weights(state.discriminators.mpd, do["mpd"], paths[1])
+    load_weights(state.discriminators.msd, do["msd"], paths[1])
+    load_optimizer(state.optim_g, do["optim_g"], paths[1])
+    load_optimizer(state.optim_d, do["optim_d"], paths[1])
+    state.steps, state.epoch = do["steps"], do["epoch"]
+    state.epoch_step = do.get("epoch_step", 0)  # not in HiFi-GAN's files
 
 
 def warm_start(state: State, paths: list[Path]) -> None:
@@ -338,22 +321,9 @@ def warm_start(state: State, paths: list[Path]) -> None:
         if not found:
             raise UserError(f"{path}: holds none of {', '.join(modules)}")
         for name in found:
-            taken, left = _take_matching(modules[name], modern_keys(contents[name]))
+            taken, left = load_matching(modules[name], modern_keys(contents[name]))
             left_out = f"; not taken: {', '.join(left)}" if left else ""
             say(f"{path}: {name}: {len(taken)} of {len(taken) + len(left)} layers taken{left_out}")
-
-
-def _take_matching(module: nn.Module, saved: dict) -> tuple[list[str], list[str]]:
-    """Loads the layers of `saved` that fit; returns the names of those and of the others."""
-    own = module.state_dict()
-    layers = {key: key.split(".parametrizations")[0].removesuffix(".bias") for key in own | saved}
-    left = {
-        layer
-        for key, layer in layers.items()
-        if key not in own or key not in saved or own[key].shape != saved[key].shape
-    }
-    module.load_state_dict(own | {k: v for k, v in saved.items() if layers[k] not in left})
-    return sorted(set(layers.values()) - left), sorted(left)
 
 
 # ----------------------------------------------------------------------------------- what is seen
@@ -422,6 +392,7 @@ class Monitor:
     def validation(self, state: State, mel_error: float) -> None:
         """The mel error of the validation clips."""
         say(f"Steps : {state.steps}, Validation Mel-Spec. Error : {mel_error:.4f}")
+        self.steps, self.time = state.steps, time.monotonic()
         if self.writer is not None:
             self.writer.add_scalar("validation/mel_spec_error", mel_error, state.steps)
             self.writer.flush()

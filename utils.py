@@ -190,6 +190,56 @@ def load_checkpoint(path: str | Path) -> dict:
     return contents
 
 
+def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
+    """Gives `module` all of `weights`, which came from `path`.
+
+    Raises:
+        UserError: they are not this module's; the message names the first difference.
+    """
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        detail = (str(error).splitlines()[1:] or [str(error)])[0].strip()
+        raise UserError(f"{path}: does not fit the config: {detail}") from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Path) -> None:
+    """Gives `optimizer` the moments of `saved`, which came from `path`.
+
+    Learning rate, betas and the like stay as they are: they are the config's.
+
+    Raises:
+        UserError: the moments are not of these parameters.
+    """
+    try:
+        (ours,), (theirs,) = optimizer.state_dict()["param_groups"], saved["param_groups"]
+        moments = saved["state"]
+        for param, key in zip(optimizer.param_groups[0]["params"], theirs["params"], strict=True):
+            if key in moments and moments[key]["exp_avg"].shape != param.shape:
+                raise ValueError("other shapes")
+        groups = [ours | {"params": theirs["params"]}]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its optimizer does not fit the config ({error})") from None
+
+
+def load_matching(module: torch.nn.Module, weights: dict) -> tuple[list[str], list[str]]:
+    """Gives `module` the layers of `weights` all of whose tensors match in name and shape.
+
+    Returns:
+        The names of the layers taken, and of all others of either side.
+    """
+    own = module.state_dict()
+    layers = {k: k.split(".parametrizations")[0].removesuffix(".bias") for k in own | weights}
+    left = {
+        layer
+        for key, layer in layers.items()
+        if key not in own or key not in weights or own[key].shape != weights[key].shape
+    }
+    module.load_state_dict(own | {k: v for k, v in weights.items() if layers[k] not in left})
+    return sorted(set(layers.values()) - left), sorted(left)
+
+
 def checkpoint_path(folder: str | Path, prefix: str, steps: int) -> Path:
     """`<folder>/<prefix>_<steps>`: g_00005000 is the generator after 5000 updates."""
     return Path(folder) / f"{prefix}_{steps:08d}"
@@ -201,3 +251,8 @@ def checkpoint_steps(folder: str | Path, prefix: str) -> list[int]:
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
     matches = (re.fullmatch(rf"{prefix}_(\d{{8,}})", name) for name in names)
     return sorted(int(match[1]) for match in matches if match)
+
+
+def paired_steps(folder: str | Path) -> list[int]:
+    """The steps at which `folder` holds both `g_` and `do_`, ascending."""
+    return sorted(set(checkpoint_steps(folder, "g")) & set(checkpoint_steps(folder, "do")))

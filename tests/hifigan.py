@@ -59,9 +59,7 @@ class Scale(nn.Module):
     def __init__(self, norm, mult: float):
         super().__init__()
         self.convs = nn.ModuleList(
-            norm(
-                nn.Conv1d(scaled(a, mult), scaled(b, mult), k, s, padding=(k - 1) // 2, groups=g)
-            )
+            norm(nn.Conv1d(scaled(a, mult), scaled(b, mult), k, s, padding=(k - 1) // 2, groups=g))
             for a, b, k, s, g in SCALE_LAYERS
         )
         self.conv_post = norm(nn.Conv1d(scaled(1024, mult), 1, 3, 1, padding=1))

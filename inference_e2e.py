@@ -1,0 +1,41 @@
+"""Turns log-mels, an acoustic model's for instance, into speech: .npy -> wav.
+
+python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_misrnet/g_02500000
+"""
+
+import argparse
+from functools import partial
+
+from inference import add_common_arguments, synthesize_files
+from meldataset import load_mel
+from utils import command_line
+
+
+def main() -> int:
+    """Vocodes a folder of .npy mels."""
+    parser = argparse.ArgumentParser(
+        description="Log-mels in .npy files, [num_mels, T] or [1, num_mels, T], to "
+        "<name>_generated_e2e.wav for each.",
+        epilog="Example: python inference_e2e.py --input_mels_dir test_mel_files "
+        "--checkpoint_file cp_misrnet/g_02500000",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--input_mels_dir", default="test_mel_files", help="folder, searched in depth, or one file"
+    )
+    parser.add_argument(
+        "--output_dir", default="generated_files_from_mel", help="folder, made if needed"
+    )
+    add_common_arguments(parser)
+    a = parser.parse_args()
+    return synthesize_files(
+        a,
+        a.input_mels_dir,
+        extensions=(".npy",),
+        ending="_generated_e2e.wav",
+        make_read_mel=lambda h: partial(load_mel, num_mels=h.num_mels),
+    )
+
+
+if __name__ == "__main__":
+    command_line(main)
