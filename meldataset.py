@@ -95,6 +95,14 @@ def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torc
     return torch.from_numpy(wav).clamp(-1, 1)
 
 
+def audio_seconds(path: str | Path) -> float:
+    """How long an audio file says it is; raises UserError, which names it, where it is none."""
+    try:
+        return soundfile.info(str(path)).duration
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({error})") from None
+
+
 def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
     """A log-mel .npy file, [num_mels, T] or [1, num_mels, T], as float32 [num_mels, T].
 

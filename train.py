@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,7 +38,7 @@ from env import (
     sum_over_processes,
     world_size,
 )
-from meldataset import EndlessBatches, LogMelSpectrogram, MelDataset
+from meldataset import EndlessBatches, LogMelSpectrogram, MelDataset, audio_seconds
 from models import (
     Discriminators,
     Generator,
@@ -65,6 +64,8 @@ from utils import (
 )
 
 SHOWN_CLIPS = 5  # of the validation clips go to TensorBoard, as in HiFi-GAN
+NEVER = sys.maxsize
+BAD_DATA = 1  # why a run stops, where it is no signal's number
 GENERATOR_KEYS = ("generator",)  # of g_* files
 TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_* files
 DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
@@ -85,6 +86,7 @@ class State:
     # The same modules as one process of several runs them: averaging gradients over all.
     shared_generator: nn.Module
     shared_discriminators: nn.Module
+    first_bad_step: torch.Tensor  # the first whose losses were not finite, or NEVER
     steps: int = 0  # completed updates
     epoch: int = 0
     epoch_step: int = 0  # completed updates of this epoch
@@ -115,6 +117,7 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
         mel_for_loss=LogMelSpectrogram(h, h.fmax_for_loss).to(device),
         shared_generator=generator,
         shared_discriminators=discriminators,
+        first_bad_step=torch.tensor(NEVER, device=device),
     )
 
 
@@ -232,18 +235,19 @@ def save(state: State, folder: Path, keep: int) -> None:
     """Writes `do_` and then `g_`, each whole or not at all, and removes all but `keep` `do_` files.
 
     So a `g_` stands only beside a `do_` of the same update. Raises UserError, and writes nothing,
-    where the weights are not finite.
+    where a loss or a weight is not finite.
     """
+    check_losses(state, folder)
     modules = (state.generator, state.discriminators)
     if not all(p.isfinite().all() for module in modules for p in module.parameters()):
-        raise UserError(f"the weights are not finite at step {state.steps}; {_last_good(folder)}")
+        raise UserError(f"a weight is not finite at step {state.steps}; {_last_good(folder)}")
     if rank() > 0:
         return
-    optimizers = {"optim_g": state.optim_g.state_dict(), "optim_d": state.optim_d.state_dict()}
     contents = {
         "mpd": state.discriminators.mpd.state_dict(),
         "msd": state.discriminators.msd.state_dict(),
-        **optimizers,
+        "optim_g": state.optim_g.state_dict(),
+        "optim_d": state.optim_d.state_dict(),
         "steps": state.steps,
         "epoch": state.epoch,
         "epoch_step": state.epoch_step,
@@ -253,6 +257,13 @@ def save(state: State, folder: Path, keep: int) -> None:
     save_checkpoint(checkpoint_path(folder, "g", state.steps), generator)
     for steps in checkpoint_steps(folder, "do")[:-keep]:
         checkpoint_path(folder, "do", steps).unlink(missing_ok=True)
+
+
+def check_losses(state: State, folder: Path) -> None:
+    """Raises UserError, in every process, where any has seen a loss that was not finite."""
+    first = -max_over_processes(-int(state.first_bad_step))
+    if first < NEVER:
+        raise UserError(f"a loss was not finite at step {first}; {_last_good(folder)}")
 
 
 def _last_good(folder: Path) -> str:
@@ -434,7 +445,7 @@ def describe(a: argparse.Namespace, state: State, clips: MelDataset) -> None:
         for name, module in (("G", state.generator), ("D", state.discriminators))
     }
     probe = clips.clips[:: -(-len(clips) // DURATION_PROBES)]
-    seconds = [soundfile.info(clips.wavs_dir / clip).duration for clip in probe]
+    seconds = [audio_seconds(clips.wavs_dir / clip) for clip in probe]
     hours = sum(seconds) / len(probe) * len(clips) / 3600
     fusion = "MISR" if h.uses_misr else "MRF"
     say(
@@ -463,26 +474,6 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
 
-class LossWatch:
-    """Remembers, on the device, the first step whose losses were not finite."""
-
-    NEVER = sys.maxsize
-
-    def __init__(self, device: torch.device):
-        self.first_bad = torch.full((), self.NEVER, device=device)
-
-    def note(self, steps: int, losses: dict[str, torch.Tensor]) -> None:
-        """Takes the losses of update `steps`; does not wait for the device."""
-        finite = torch.stack(list(losses.values())).isfinite().all()
-        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=steps))
-
-    def check(self, folder: Path) -> None:
-        """Raises UserError, on every process, where any has seen such a step."""
-        first = -max_over_processes(-int(self.first_bad))
-        if first < self.NEVER:
-            raise UserError(f"a loss was not finite at step {first}; {_last_good(folder)}")
-
-
 def make_loader(clips: MelDataset, state: State) -> torch.utils.data.DataLoader:
     """Endless batches for this process, from where `state` stands."""
     keys = EndlessBatches(
@@ -507,53 +498,63 @@ def _leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def advance(state: State, steps_per_epoch: int) -> None:
-    """Counts a completed update."""
+def fetch(batches: Iterator) -> tuple[list[torch.Tensor], UserError | None]:
+    """The next (mel, wav), or the error that a clip has caused."""
+    try:
+        return next(batches), None
+    except UserError as error:
+        return [], error
+
+
+def advance(state: State, losses: dict[str, torch.Tensor], steps_per_epoch: int) -> None:
+    """Counts a completed update and notes, on the device, whether its losses were finite."""
     state.steps += 1
     state.epoch_step += 1
     if state.epoch_step >= steps_per_epoch:
         state.epoch, state.epoch_step = state.epoch + 1, 0
+    finite = torch.stack(list(losses.values())).isfinite().all()
+    bad_step = state.first_bad_step.clamp(max=state.steps)
+    state.first_bad_step = torch.where(finite, state.first_bad_step, bad_step)
 
 
 def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelDataset) -> int:
-    """Trains until the last step or a signal; returns the exit status."""
+    """Trains until the last step, a signal or an unusable clip, and saves; returns the status."""
     folder, steps_per_epoch = Path(a.checkpoint_path), len(clips) // state.h.batch_size
     left_in_epochs = (a.training_epochs - state.epoch) * steps_per_epoch - state.epoch_step
-    last_step = min(state.steps + left_in_epochs, a.training_steps or sys.maxsize)
+    last_step = min(state.steps + left_in_epochs, a.training_steps or NEVER)
     if state.steps >= last_step:
         say(f"nothing to do: already at step {state.steps} of {last_step}")
         return 0
-    stop, watch = StopRequest(), LossWatch(state.device)
-    monitor = Monitor(state, folder, last_step)
-    batches = iter(make_loader(clips, state))
-    signal_number = 0
-    while state.steps < last_step and not signal_number:
-        start_epoch(state)
-        mel, wav = (x.to(state.device, non_blocking=True) for x in next(batches))
-        losses = training_step(state, mel, wav)
-        advance(state, steps_per_epoch)
-        watch.note(state.steps, losses)
-        signal_number = max_over_processes(stop.number)
-        last = signal_number or state.steps == last_step
-
-        def due(interval: int) -> bool:
-            return state.steps % interval == 0
-
-        if due(a.stdout_interval):
-            watch.check(folder)
-            monitor.progress(state, losses)
-        if due(a.summary_interval):
-            monitor.summary(state, losses)
-        if due(a.checkpoint_interval) or last:
-            watch.check(folder)
+    signals, batches = StopRequest(), iter(make_loader(clips, state))
+    stop, error, saved_step = 0, None, state.steps
+    with contextlib.closing(Monitor(state, folder, last_step)) as monitor:
+        while state.steps < last_step:
+            batch, error = fetch(batches)
+            stop = max_over_processes(BAD_DATA if error else signals.number)
+            if stop:
+                break
+            start_epoch(state)
+            mel, wav = (x.to(state.device, non_blocking=True) for x in batch)
+            losses = training_step(state, mel, wav)
+            advance(state, losses, steps_per_epoch)
+            if state.steps % a.stdout_interval == 0:
+                check_losses(state, folder)
+                monitor.progress(state, losses)
+            if state.steps % a.summary_interval == 0:
+                monitor.summary(state, losses)
+            if state.steps % a.checkpoint_interval == 0:
+                save(state, folder, keep=a.keep_checkpoints)
+                saved_step = state.steps
+            if state.steps % a.validation_interval == 0 and len(validation):
+                monitor.validation(state, validate(state, validation, monitor))
+        if state.steps > saved_step:
             save(state, folder, keep=a.keep_checkpoints)
-        if due(a.validation_interval) and len(validation) and not signal_number:
-            monitor.validation(state, validate(state, validation, monitor))
-    monitor.close()
-    if signal_number:
-        say(f"stopped by {signal.Signals(signal_number).name} after step {state.steps}, saved")
-        return 128 + signal_number
-    return 0
+    if error:
+        raise error
+    if stop > BAD_DATA:
+        say(f"stopped by {signal.Signals(stop).name} after step {state.steps}, saved")
+        return 128 + stop
+    return stop
 
 
 def launch_on_all_gpus(device_name: str) -> None:

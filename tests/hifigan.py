@@ -6,17 +6,10 @@ through each discriminator apart, and a generator step that also computes, and d
 of the discriminators' weights. Module names are those of jik876/hifi-gan's checkpoints.
 """
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from torch.nn.utils import spectral_norm, weight_norm
-
-warnings.filterwarnings("ignore", message=".*weight_norm.* is deprecated")
+from torch.nn.utils import spectral_norm, weight_norm
 
 PERIOD_LAYERS = [(1, 32, 3), (32, 128, 3), (128, 512, 3), (512, 1024, 3), (1024, 1024, 1)]
 SCALE_LAYERS = [  # in, out, kernel, stride, groups
@@ -144,3 +137,50 @@ def textbook_step(generator, mpd, msd, optim_g, optim_d, log_mel, mel, wav):
     loss_g.backward()
     optim_g.step()
     return loss_d.detach(), loss_g.detach()
+
+
+class Block(nn.Module):
+    """HiFi-GAN's ResBlock1 with old weight norm; kernel k, dilations d."""
+
+    def __init__(self, channels: int, k: int, dilations):
+        super().__init__()
+        conv = nn.Conv1d
+        self.convs1 = nn.ModuleList(
+            weight_norm(conv(channels, channels, k, 1, dilation=d, padding=(k * d - d) // 2))
+            for d in dilations
+        )
+        self.convs2 = nn.ModuleList(
+            weight_norm(conv(channels, channels, k, 1, padding=(k - 1) // 2)) for _ in dilations
+        )
+
+    def forward(self, x):
+        for first, second in zip(self.convs1, self.convs2, strict=True):
+            y = first(F.leaky_relu(x, 0.1))
+            x = second(F.leaky_relu(y, 0.1)) + x
+        return x
+
+
+class TextbookGenerator(nn.Module):
+    """HiFi-GAN's generator with old weight norm, `resblocks.{stage * kernels + k}`."""
+
+    def __init__(self, h):
+        super().__init__()
+        c = h.upsample_initial_channel
+        self.num_kernels = len(h.resblock_kernel_sizes)
+        self.conv_pre = weight_norm(nn.Conv1d(h.num_mels, c, 7, 1, padding=3))
+        self.ups = nn.ModuleList()
+        self.resblocks = nn.ModuleList()
+        for i, (u, k) in enumerate(zip(h.upsample_rates, h.upsample_kernel_sizes, strict=True)):
+            up = nn.ConvTranspose1d(c // 2**i, c // 2 ** (i + 1), k, u, padding=(k - u) // 2)
+            self.ups.append(weight_norm(up))
+            pairs = zip(h.resblock_kernel_sizes, h.resblock_dilation_sizes, strict=True)
+            self.resblocks.extend(Block(c // 2 ** (i + 1), kernel, d) for kernel, d in pairs)
+        self.conv_post = weight_norm(nn.Conv1d(c // 2 ** len(self.ups), 1, 7, 1, padding=3))
+
+    def forward(self, x):
+        x = self.conv_pre(x)
+        for i, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, 0.1))
+            blocks = self.resblocks[i * self.num_kernels : (i + 1) * self.num_kernels]
+            x = sum(block(x) for block in blocks) / self.num_kernels
+        return torch.tanh(self.conv_post(F.leaky_relu(x)))

@@ -1,0 +1,260 @@
+"""Configs that load, configs that are refused in one line, and devices."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ALL_CONFIGS, ROOT, toy_values, write_config
+
+from env import UserError, load_config, select_device
+
+# config_v1.json of jik876/hifi-gan, as it is there.
+HIFIGAN_V1 = """{
+    "resblock": "1", "num_gpus": 0, "batch_size": 16, "learning_rate": 0.0002,
+    "adam_b1": 0.8, "adam_b2": 0.99, "lr_decay": 0.999, "seed": 1234,
+    "upsample_rates": [8,8,2,2], "upsample_kernel_sizes": [16,16,4,4],
+    "upsample_initial_channel": 512, "resblock_kernel_sizes": [3,7,11],
+    "resblock_dilation_sizes": [[1,3,5], [1,3,5], [1,3,5]],
+    "segment_size": 8192, "num_mels": 80, "num_freq": 1025, "n_fft": 1024, "hop_size": 256,
+    "win_size": 1024, "sampling_rate": 22050, "fmin": 0, "fmax": 8000, "fmax_for_loss": null,
+    "num_workers": 4,
+    "dist_config": {
+        "dist_backend": "nccl", "dist_url": "tcp://localhost:54321", "world_size": 1
+    }
+}"""
+
+OPTIONAL_KEYS = {"misr_merge", "lambda_mel", "lambda_feature", "discriminator_channel_mult"}
+
+# (key, value, what was expected), for the toy size of config_v2.json and of configs/hifigan_v1.json
+BROKEN_MISR = [
+    # Types
+    ("batch_size", "16", "an integer"),
+    ("batch_size", 16.0, "an integer"),
+    ("batch_size", True, "an integer"),
+    ("resblock", 1, "a string"),
+    ("fmin", True, "a number"),
+    ("fmax", "8000", "a number or null"),
+    ("fmin", float("nan"), "a number"),
+    ("learning_rate", float("nan"), "a number"),
+    ("learning_rate", float("inf"), "a number"),
+    ("lambda_mel", float("inf"), "a number"),
+    ("upsample_rates", 256, "a list, each an integer"),
+    ("upsample_rates", [8, 8, 2, 2.0], "a list, each an integer"),
+    ("resblock_dilation_sizes", [1, [3, 5]], "a list"),
+    # Ranges
+    ("upsample_initial_channel", 0, "more than 0"),
+    ("discriminator_channel_mult", 0, "more than 0"),
+    ("batch_size", 0, "more than 0"),
+    ("learning_rate", -1, "more than 0"),
+    ("segment_size", 0, "more than 0"),
+    ("num_mels", 0, "more than 0"),
+    ("n_fft", -1024, "more than 0"),
+    ("hop_size", 0, "more than 0"),
+    ("win_size", 0, "more than 0"),
+    ("sampling_rate", 0, "more than 0"),
+    ("lambda_mel", -1, "0 or more"),
+    ("lambda_feature", -2, "0 or more"),
+    ("num_workers", -1, "0 or more"),
+    ("seed", -1, "0 or more"),
+    ("adam_b1", 1, "less than 1"),
+    ("adam_b2", -0.1, "0 or more"),
+    ("lr_decay", 0, "more than 0"),
+    ("lr_decay", 1.01, "at most 1"),
+    # Audio
+    ("win_size", 1025, "at most n_fft, 1024"),
+    ("n_fft", 1025, "hop_size, 256, plus an even number"),
+    ("segment_size", 2049, "a multiple of hop_size, 256"),
+    ("fmin", -1, "0 or more"),
+    ("fmax", 0, "more than fmin, 0"),
+    ("fmax", 11026, "at most sampling_rate / 2, 11025"),
+    ("fmax_for_loss", 11026, "at most sampling_rate / 2, 11025"),
+    # Upsampling
+    ("upsample_rates", [], "one or more positive rates"),
+    ("upsample_rates", [8, 8, -2, -2], "one or more positive rates"),
+    ("upsample_rates", [8, 8, 2, 4], "product (512 here) is hop_size, 256"),
+    ("upsample_kernel_sizes", [16, 16, 4], "one kernel size for each of the 4 upsample_rates"),
+    ("upsample_kernel_sizes", [16, 16, 4, 5], "plus 0 or an even number"),
+    ("upsample_kernel_sizes", [16, 6, 4, 4], "plus 0 or an even number"),
+    ("upsample_initial_channel", 15, "at least 16"),
+    # MISR
+    ("resblock", "3", '"1" or "2"'),
+    ("resblock_num", 0, "one or more"),
+    ("resblock_kernel_size", 10, "an odd size"),
+    ("resblock_dilation_sizes", [], "a flat list"),
+    ("resblock_dilation_sizes", [1, 0], "positive dilations"),
+    ("resblock_dilation_sizes", [[1, 3, 5]], "a flat list"),
+    ("misr_merge", "max", '"mean" or "conv"'),
+]
+BROKEN_MRF = [
+    ("resblock_num", 3, "resblock_kernel_sizes (MRF)"),
+    ("resblock_kernel_size", 11, "resblock_kernel_sizes (MRF)"),
+    ("resblock_kernel_sizes", [], "one or more odd sizes"),
+    ("resblock_kernel_sizes", [3, 7, 10], "one or more odd sizes"),
+    ("resblock_dilation_sizes", [1, 3, 5], "a list of positive dilations for each of the 3"),
+    ("resblock_dilation_sizes", [[1], [1]], "a list of positive dilations for each of the 3"),
+    ("resblock_dilation_sizes", [[1], [1], [0]], "a list of positive dilations"),
+]
+BROKEN = [("config_v2.json", *row) for row in BROKEN_MISR]
+BROKEN += [("configs/hifigan_v1.json", *row) for row in BROKEN_MRF]
+
+NOT_JSON = {
+    "empty": b"",
+    "cut": b'{"resblock": "1",',
+    "list": b"[1]",
+    "null": b"null",
+    "binary": b"\x80\x02\xff\x00",
+    "deep": b"[" * 100_000,
+}
+
+
+def refusal(path) -> str:
+    """The one line with which load_config refuses the file `path`."""
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ")
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_are_frozen(path, capsys):
+    h = load_config(path)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        h.seed = 1
+    assert hash(h) == hash(load_config(path))  # a list among its values would have no hash
+    assert h.uses_misr == ("resblock_num" in json.loads(path.read_text()))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_hifigans_own_json_loads_as_mrf(tmp_path, capsys):
+    path = tmp_path / "config_v1.json"
+    path.write_text(HIFIGAN_V1)
+    h = load_config(path)
+    assert h == load_config(ROOT / "configs/hifigan_v1.json")
+    assert not h.uses_misr
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_y_chans_json_loads_as_mean_and_says_so_once(tmp_path, capsys, monkeypatch, rank, lines):
+    monkeypatch.setenv("RANK", rank)
+    extras = {"num_gpus": 0, "num_freq": 1025, "dist_config": {"world_size": 1}}
+    path = write_config(tmp_path / "y-chan.json", misr_merge=None, **extras)
+    assert load_config(path) == load_config(write_config(tmp_path / "ours.json"))
+    assert load_config(path).misr_merge == "mean"
+    out, err = capsys.readouterr()
+    assert out == ""
+    printed = err.splitlines()
+    assert len(printed) == 2 * lines  # it was loaded twice
+    assert all(str(path) in line and "conv" in line for line in printed)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value", "expected"),
+    BROKEN,
+    ids=[f"{key}={json.dumps(value)}" for _, key, value, _ in BROKEN],
+)
+def test_broken_values_are_refused(tmp_path, config, key, value, expected):
+    message = refusal(write_config(tmp_path / "broken.json", config, **{key: value}))
+    assert f": {key} = {json.dumps(value)}" in message
+    assert expected in message.split("expected ", 1)[1]
+
+
+@pytest.mark.parametrize("key", sorted(set(toy_values()) - OPTIONAL_KEYS))
+def test_missing_keys_are_refused(tmp_path, key):
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps({k: v for k, v in toy_values().items() if k != key}))
+    message = refusal(path)
+    assert f": {key} " in message
+    assert ": expected " in message
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("upsample_rate", "; did you mean upsample_rates?"),
+        ("Learning_rate", "; did you mean learning_rate?"),
+        ("resblock_kernal_size", "; did you mean resblock_kernel_size?"),
+        ("dropout", ""),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest_known_one(tmp_path, key, hint):
+    path = write_config(tmp_path / "broken.json", **{key: 0.5})
+    assert refusal(path) == f"{path}: {key} = 0.5: unknown key{hint}"
+
+
+@pytest.mark.parametrize("contents", NOT_JSON.values(), ids=NOT_JSON)
+def test_what_is_no_json_object_is_refused(tmp_path, contents):
+    path = tmp_path / "broken.json"
+    path.write_bytes(contents)
+    assert "JSON" in refusal(path)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    assert "No such file" in refusal(tmp_path / "nowhere.json")
+    assert "directory" in refusal(tmp_path)
+
+
+def test_the_command_line_says_it_in_one_line_before_any_other_file_is_opened(tmp_path):
+    config = write_config(tmp_path / "broken.json", segment_size=2000)
+    command = [sys.executable, ROOT / "train.py", "--config", config]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # no data there
+    assert run.returncode == 1
+    assert run.stdout == ""
+    (line,) = run.stderr.splitlines()
+    assert line == f"error: {config}: segment_size = 2000: expected a multiple of hop_size, 256"
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes torch believe in a number of GPUs."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "local_rank", "device"),
+    [
+        ("auto", 0, 0, "cpu"),
+        ("auto", 2, 0, "cuda:0"),
+        ("auto", 2, 1, "cuda:1"),
+        ("cpu", 2, 0, "cpu"),
+        ("cuda", 2, 1, "cuda:1"),
+        ("cuda:1", 2, 0, "cuda:1"),
+    ],
+)
+def test_devices_are_found(gpus, monkeypatch, name, count, local_rank, device):
+    gpus(count)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert select_device(name) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "said"),
+    [
+        ("cuda", 0, "this machine has 0 CUDA devices; try --device cpu"),
+        ("cuda:0", 0, "this machine has 0 CUDA devices; try --device cpu"),
+        ("cuda:2", 2, "this machine has 2 CUDA devices"),
+        ("cuda:-1", 2, "expected auto, cpu, cuda or cuda:<index>"),
+        ("cuda:x", 2, "expected auto, cpu, cuda or cuda:<index>"),
+        ("gpu", 2, "expected auto, cpu, cuda or cuda:<index>"),
+        ("meta", 2, "expected auto, cpu, cuda or cuda:<index>"),
+        ("", 2, "expected auto, cpu, cuda or cuda:<index>"),
+    ],
+)
+def test_devices_that_are_not_here_are_refused(gpus, name, count, said):
+    gpus(count)
+    with pytest.raises(UserError) as error:
+        select_device(name)
+    assert str(error.value).startswith(f"--device {name}: ")
+    assert said in str(error.value)

@@ -1,0 +1,261 @@
+"""The models against oracles: plain loops, textbook HiFi-GAN, formulas and known counts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+from env import load_config
+from models import (
+    MISR,
+    MRF,
+    Discriminators,
+    Generator,
+    MultiPeriodDiscriminator,
+    MultiScaleDiscriminator,
+    ResBlock1,
+    ResBlock2,
+)
+from tests import hifigan
+from tests.conftest import ALL_CONFIGS, ROOT, toy_config
+
+RESBLOCKS = [ResBlock1, ResBlock2]
+MERGES = ["mean", "conv"]
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def randomise(module: nn.Module, std: float = 0.3) -> nn.Module:
+    """Weights large enough for every path to matter."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(0, std)
+    return module
+
+
+# ------------------------------------------------------------------------------------------- MISR
+
+
+def looped_misr(misr: MISR, x: torch.Tensor, grouped: bool) -> torch.Tensor:
+    """MISR as the paper tells it: N input convolutions and N calls of the shared block."""
+    N, C = misr.num_inputs, x.shape[1]
+    weight, bias = misr.input_conv.weight, misr.input_conv.bias
+    if grouped:
+        inputs = F.conv1d(x.repeat(1, N, 1), weight, bias, groups=N).chunk(N, dim=1)
+    else:
+        inputs = [F.conv1d(x, weight[n * C :][:C], bias[n * C :][:C]) for n in range(N)]
+    outputs = [misr.resblock(y) for y in inputs]
+    if misr.output_conv is None:
+        return sum(outputs) / N
+    return misr.output_conv(torch.cat(outputs, dim=1))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("resblock", RESBLOCKS)
+@pytest.mark.parametrize("num_inputs", [1, 3])
+def test_misr_equals_the_loop(num_inputs, resblock, merge, grouped):
+    misr = randomise(MISR(6, num_inputs, 5, (1, 3), merge, resblock)).double()
+    x = torch.randn(2, 6, 40, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *misr.parameters()]
+    ours, loop = misr(x), looped_misr(misr, x, grouped)
+    weights = torch.randn_like(ours)
+    torch.testing.assert_close(ours, loop, rtol=0, atol=1e-10 * float(loop.detach().abs().max()))
+    gradients = [torch.autograd.grad((y * weights).sum(), wanted) for y in (ours, loop)]
+    for ours, loop in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, loop, rtol=1e-10, atol=1e-10 * float(loop.abs().max()))
+
+
+def test_misr_calls_the_shared_block_once_with_all_inputs():
+    misr = MISR(8, 3, 11, (1, 3, 5), "mean")
+    shapes = []
+    misr.resblock.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    assert misr(torch.randn(2, 8, 50)).shape == (2, 8, 50)
+    assert shapes == [(6, 8, 50)]
+    assert misr.input_conv.weight.shape == (24, 8, 1)
+
+
+def test_conv_merge_starts_as_the_mean():
+    torch.manual_seed(0)
+    mean = MISR(16, 3, 3, (1,), "mean")
+    torch.manual_seed(0)
+    conv = MISR(16, 3, 3, (1,), "conv")
+    conv.load_state_dict(mean.state_dict(), strict=False)
+    x = torch.randn(1, 16, 30)
+    torch.testing.assert_close(conv(x), mean(x))
+
+
+# -------------------------------------------------------------------------------------- generator
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "expected"),
+    [
+        ("config_v1.json", {}, 8_960_417),
+        ("config_v1.json", {"misr_merge": "conv"}, 9_222_017),
+        ("config_v2.json", {}, 614_825),
+        ("config_v2.json", {"misr_merge": "conv"}, 631_265),
+        ("configs/hifigan_v1.json", {}, 13_926_017),
+        ("configs/hifigan_v2.json", {}, 925_985),
+        ("configs/hifigan_v3.json", {}, 1_462_273),
+    ],
+)
+def test_parameter_counts(config, changes, expected, tmp_path):
+    full_size = load_config(ROOT / config).upsample_initial_channel
+    h = toy_config(tmp_path, config, upsample_initial_channel=full_size, **changes)
+    with torch.device("meta"):
+        generator = Generator(h)
+    generator.remove_weight_norm()
+    assert count(generator) == expected
+
+
+def test_discriminator_parameter_counts():
+    h = load_config(ROOT / "config_v1.json")
+    with torch.device("meta"):
+        discriminators = Discriminators(h)
+    gains = sum(
+        p.numel() for name, p in discriminators.named_parameters() if name.endswith("original0")
+    )
+    assert count(discriminators) - gains == 41_092_165 + 29_610_627
+
+
+@pytest.mark.parametrize("config", ALL_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("frames", [1, 2, 33])
+def test_generator_makes_hop_size_samples_a_frame(config, frames, tmp_path):
+    h = toy_config(tmp_path, config)
+    wav = Generator(h)(torch.randn(2, h.num_mels, frames))
+    assert wav.shape == (2, 1, frames * h.hop_size)
+    assert wav.abs().max() <= 1
+
+
+@pytest.mark.parametrize("config", ["config_v2.json", "configs/hifigan_v3.json"])
+@pytest.mark.parametrize("merge", MERGES)
+def test_remove_weight_norm_is_complete_and_changes_nothing(config, merge, tmp_path):
+    h = toy_config(tmp_path, config, misr_merge=merge)
+    generator = randomise(Generator(h).double())
+    mel = torch.randn(1, h.num_mels, 9, dtype=torch.float64)
+    before = generator(mel)
+    generator.remove_weight_norm()
+    torch.testing.assert_close(generator(mel), before, rtol=0, atol=1e-10)
+    assert not any("parametrizations" in key for key in generator.state_dict())
+
+
+@pytest.mark.parametrize("config", ["config_v2.json", "configs/hifigan_v2.json"])
+def test_effective_initialisation(config):
+    """The standard deviations of the weights that a first forward really uses."""
+    h = load_config(ROOT / config)
+    generator = Generator(h)
+    generator(torch.randn(1, h.num_mels, 2))
+    for name, module in generator.named_modules():
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            continue
+        weight = module.weight.detach()
+        fan_in = weight[0].numel()
+        expected = (1 / 3 / fan_in) ** 0.5  # PyTorch's default: uniform up to 1 / sqrt(fan_in)
+        if h.uses_misr and ".resblock." in name:
+            expected = 0.01
+        if name.endswith("input_conv"):
+            C = weight.shape[1]
+            weight = weight.squeeze(-1) - torch.eye(C).repeat(h.resblock_num, 1)
+            expected = 0.5 / C**0.5
+            assert not module.bias.any()
+        assert float(weight.std()) == pytest.approx(expected, rel=0.25), name
+
+
+def test_misr_starts_near_the_identity():
+    misr = MISR(64, 3, 11, (1, 3, 5), "mean")
+    x = torch.randn(1, 64, 200)
+    correlation = torch.corrcoef(torch.stack([misr(x).flatten(), x.flatten()]))[0, 1]
+    assert correlation > 0.9
+
+
+def test_bf16_waveforms_leave_the_generator_in_fp32(tmp_path):
+    h = toy_config(tmp_path)
+    generator = Generator(h)
+    seen = []
+    generator.ups[0].register_forward_hook(lambda _, __, y: seen.append(y.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wav = generator(torch.randn(1, h.num_mels, 3))
+    assert (seen, wav.dtype) == ([torch.bfloat16], torch.float32)
+
+
+# ------------------------------------------------------------------- HiFi-GAN's weights and layout
+
+
+def test_hifigan_generator_files_load(tmp_path):
+    h = toy_config(tmp_path, "configs/hifigan_v2.json")
+    textbook = randomise(hifigan.TextbookGenerator(h).double())
+    generator = Generator(h).double()
+    generator.load_state_dict(textbook.state_dict())
+    mel = torch.randn(2, h.num_mels, 12, dtype=torch.float64)
+    torch.testing.assert_close(generator(mel), textbook(mel), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("length", [2048, 2049, 4093, 777])
+@pytest.mark.parametrize(
+    ("ours", "textbook"),
+    [
+        (MultiPeriodDiscriminator, hifigan.MultiPeriod),
+        (MultiScaleDiscriminator, hifigan.MultiScale),
+    ],
+)
+def test_discriminators_equal_the_textbook(ours, textbook, length, tmp_path):
+    """Old key names; lengths that no period divides; scores, features and their shapes."""
+    h = toy_config(tmp_path, discriminator_channel_mult=0.05)
+    textbook = textbook(h.discriminator_channel_mult).double().eval()
+    discriminator = ours(h).double().eval()
+    discriminator.load_state_dict(textbook.state_dict())
+    wav = torch.randn(2, 1, length, dtype=torch.float64)
+    scores, features = discriminator(wav)
+    for ours, (theirs, _) in zip(
+        zip(scores, features, strict=True), textbook(wav, wav), strict=True
+    ):
+        for a, b in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_old_and_new_spectral_norm_train_alike(tmp_path):
+    """Gradients through a frozen power iteration are the same."""
+    h = toy_config(tmp_path)
+    textbook = hifigan.MultiScale(h.discriminator_channel_mult).double().eval()
+    discriminator = MultiScaleDiscriminator(h).double().eval()
+    discriminator.load_state_dict(textbook.state_dict())
+    wav = torch.randn(1, 1, 2048, dtype=torch.float64)
+    ours, theirs = discriminator(wav)[0][0], textbook(wav, wav)[0][0][0]
+    for scores in (ours, theirs):
+        scores.square().sum().backward()
+    weight = discriminator.discriminators[0].convs[1].parametrizations.weight.original
+    expected = textbook.discriminators[0].convs[1].weight_orig
+    torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-9, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+def test_losses_equal_their_formulas():
+    real, fake = [[torch.randn(2, 5), torch.randn(2, 9)] for _ in range(2)]
+    expected = sum(((r - 1) ** 2).mean() + (f**2).mean() for r, f in zip(real, fake, strict=True))
+    torch.testing.assert_close(models.discriminator_loss(real, fake), expected)
+    expected = sum(((f - 1) ** 2).mean() for f in fake)
+    torch.testing.assert_close(models.generator_loss(fake), expected)
+    real, fake = [[[torch.randn(2, 3, 4)], [torch.randn(1), torch.randn(5)]] for _ in range(2)]
+    expected = sum(
+        (r - f).abs().mean()
+        for rs, fs in zip(real, fake, strict=True)
+        for r, f in zip(rs, fs, strict=True)
+    )
+    torch.testing.assert_close(models.feature_loss(real, fake), expected)
+
+
+def test_losses_of_unequal_lists_are_refused():
+    with pytest.raises(ValueError):
+        models.feature_loss([[torch.ones(1)]], [[torch.ones(1), torch.ones(1)]])
+
+
+def test_mrf_is_the_mean_of_its_blocks():
+    mrf = randomise(MRF(4, (3, 5), ((1, 2), (1, 3)), ResBlock2))
+    x = torch.randn(1, 4, 20)
+    torch.testing.assert_close(mrf(x), (mrf[0](x) + mrf[1](x)) / 2)

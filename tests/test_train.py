@@ -1,0 +1,504 @@
+"""The training loop: its updates against the textbook, its promises on stopping and resuming."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import meldataset
+import train
+from env import UserError
+from meldataset import LogMelSpectrogram
+from tests import hifigan
+from tests.conftest import ROOT, corpus_arguments, run_main, toy_config, write_config
+from utils import checkpoint_path, load_checkpoint, save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------ one update against the textbook
+
+
+class Textbook:
+    """HiFi-GAN's models and optimizers at toy size, in float64, with old-style norms."""
+
+    def __init__(self, h, power_iterations: int):
+        self.h = h
+        self.generator = hifigan.TextbookGenerator(h).double()
+        self.mpd = hifigan.MultiPeriod(h.discriminator_channel_mult).double()
+        self.msd = hifigan.MultiScale(h.discriminator_channel_mult).double()
+        set_power_iterations(self.msd, power_iterations)
+        discriminator_parameters = itertools.chain(self.msd.parameters(), self.mpd.parameters())
+        self.optim_g, self.optim_d = (
+            torch.optim.AdamW(p, h.learning_rate, betas=(h.adam_b1, h.adam_b2))
+            for p in (self.generator.parameters(), discriminator_parameters)
+        )
+        self.log_mel = LogMelSpectrogram(h, h.fmax_for_loss).double()
+
+    def step(self, mel, wav):
+        return hifigan.textbook_step(
+            *(self.generator, self.mpd, self.msd, self.optim_g, self.optim_d),
+            *(self.log_mel, mel, wav),
+        )
+
+    def save(self, folder, steps: int) -> None:
+        """As jik876/hifi-gan saves."""
+        torch.save({"generator": self.generator.state_dict()}, checkpoint_path(folder, "g", steps))
+        contents = {
+            "mpd": self.mpd.state_dict(),
+            "msd": self.msd.state_dict(),
+            "optim_g": self.optim_g.state_dict(),
+            "optim_d": self.optim_d.state_dict(),
+            "steps": steps,
+            "epoch": 0,
+        }
+        torch.save(contents, checkpoint_path(folder, "do", steps))
+
+
+def set_power_iterations(module: nn.Module, count: int) -> None:
+    """Of every spectral norm, old or new."""
+    for part in module.modules():
+        for holder in (part, *part._forward_pre_hooks.values()):
+            if hasattr(holder, "n_power_iterations"):
+                holder.n_power_iterations = count
+
+
+def state_of(textbook: Textbook, power_iterations: int) -> train.State:
+    """Our state with the textbook's weights, in float64."""
+    state = train.build_state(textbook.h, CPU)
+    for module in (state.generator, state.discriminators, state.mel_for_loss):
+        module.double()
+    state.generator.load_state_dict(textbook.generator.state_dict())
+    state.discriminators.mpd.load_state_dict(textbook.mpd.state_dict())
+    state.discriminators.msd.load_state_dict(textbook.msd.state_dict())
+    set_power_iterations(state.discriminators, power_iterations)
+    return state
+
+
+def batch(h) -> tuple[torch.Tensor, torch.Tensor]:
+    frames = h.segment_size // h.hop_size
+    mel = torch.randn(h.batch_size, h.num_mels, frames, dtype=torch.float64)
+    return mel, 0.1 * torch.randn(h.batch_size, 1, h.segment_size, dtype=torch.float64)
+
+
+def assert_same_parameters(ours: nn.Module, textbook: nn.Module) -> None:
+    """Weights and gradients, which both list in the same order."""
+    for a, b in zip(ours.parameters(), textbook.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-12)
+
+
+@pytest.fixture
+def mrf_config(tmp_path):
+    return toy_config(tmp_path, "configs/hifigan_v2.json", discriminator_channel_mult=0.02)
+
+
+def test_an_update_equals_the_textbook(mrf_config):
+    """Equal losses, gradients and weights; the power iteration stands still on both sides."""
+    textbook = Textbook(mrf_config, power_iterations=0)
+    state = state_of(textbook, power_iterations=0)
+    mel, wav = batch(mrf_config)
+    for _ in range(2):
+        loss_d, loss_g = textbook.step(mel, wav)
+        # The textbook's generator step also fills the discriminators' gradients.
+        losses = train.training_step(state, mel, wav)
+        assert float(losses["disc_loss_total"]) == pytest.approx(float(loss_d), rel=1e-9)
+        assert float(losses["gen_loss_total"]) == pytest.approx(float(loss_g), rel=1e-9)
+    assert_same_parameters(state.generator, textbook.generator)
+    for ours, theirs in zip(
+        state.discriminators.parameters(),
+        itertools.chain(textbook.msd.parameters(), textbook.mpd.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_an_update_with_its_own_power_iteration_stays_close(mrf_config):
+    """One iteration a step against the original's four: the losses differ by less than 1%."""
+    textbook = Textbook(mrf_config, power_iterations=1)
+    state = state_of(textbook, power_iterations=1)
+    mel, wav = batch(mrf_config)
+    for _ in range(3):
+        loss_d, loss_g = textbook.step(mel, wav)
+        losses = train.training_step(state, mel, wav)
+        assert float(losses["disc_loss_total"]) == pytest.approx(float(loss_d), rel=0.01)
+        assert float(losses["gen_loss_total"]) == pytest.approx(float(loss_g), rel=0.01)
+
+
+def test_the_power_iteration_runs_in_the_discriminator_step_only(tmp_path):
+    h = toy_config(tmp_path)
+    state = train.build_state(h, CPU)
+    conv = state.discriminators.msd.discriminators[0].convs[1]
+    mel, wav = (x.float() for x in batch(h))
+    wav_hat = state.generator(mel)
+    before = conv.parametrizations.weight[0]._u.clone()
+    train.discriminator_step(state, wav, wav_hat)
+    after = conv.parametrizations.weight[0]._u.clone()
+    assert not torch.equal(before, after)
+    gradients = [p.grad.clone() for p in state.discriminators.parameters()]
+    train.generator_step(state, wav, wav_hat)
+    assert torch.equal(conv.parametrizations.weight[0]._u, after)
+    for parameter, gradient in zip(state.discriminators.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+        assert parameter.requires_grad
+
+
+def test_a_folder_of_hifigan_resumes(mrf_config, tmp_path):
+    """Old key names and optimizers: the next update equals the textbook's next."""
+    textbook = Textbook(mrf_config, power_iterations=0)
+    mel, wav = batch(mrf_config)
+    textbook.step(mel, wav)
+    textbook.save(tmp_path, steps=7)
+    state = state_of(Textbook(mrf_config, power_iterations=0), power_iterations=0)
+    assert train.resume(state, tmp_path)
+    assert (state.steps, state.epoch, state.epoch_step) == (7, 0, 0)
+    textbook.step(mel, wav)
+    train.training_step(state, mel, wav)
+    assert_same_parameters(state.generator, textbook.generator)
+
+
+def test_the_learning_rate_decays_exponentially(tmp_path):
+    h = toy_config(tmp_path, lr_decay=0.9)
+    state = train.build_state(h, CPU)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(
+        torch.optim.AdamW([nn.Parameter(torch.ones(1))], h.learning_rate), h.lr_decay
+    )
+    for state.epoch in range(4):
+        train.start_epoch(state)
+        for optimizer in (state.optim_g, state.optim_d):
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+
+
+# ------------------------------------------------------------------------------------ whole runs
+
+
+class Run:
+    """train.py's command line on the toy corpus; 2 steps an epoch."""
+
+    def __init__(self, corpus, tmp_path, **changes):
+        self.config = write_config(tmp_path / "config.json", **changes)
+        self.folder = tmp_path / "cp"
+        self.arguments = [*corpus_arguments(corpus), "--config", str(self.config)]
+
+    def __call__(self, steps: int, *arguments, folder=None) -> int:
+        folder = folder or self.folder
+        return run_main(
+            train,
+            *(*self.arguments, "--checkpoint_path", folder, "--training_steps", steps),
+            *(arguments or ("--checkpoint_interval", 1)),
+        )
+
+    def start(self, *arguments) -> subprocess.Popen:
+        """The same as a process of its own."""
+        command = [sys.executable, "train.py", *self.arguments, "--checkpoint_path", self.folder]
+        return subprocess.Popen(
+            [*command, *map(str, arguments)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("*_0*"))
+
+
+@pytest.fixture
+def run(corpus, tmp_path):
+    return Run(corpus, tmp_path)
+
+
+def contents(folder, steps: int) -> dict:
+    return {p: load_checkpoint(checkpoint_path(folder, p, steps)) for p in ("g", "do")}
+
+
+def equal(a, b) -> bool:
+    """Bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def wait_for(path, process) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_resuming_is_exact(run, tmp_path):
+    """6 steps equal 3, a kill, and 3 more, an epoch's end among them; workers change nothing."""
+    assert run(6, folder=tmp_path / "straight") == 0
+    write_config(run.config, num_workers=1)
+    process = run.start("--training_steps", 1000, "--checkpoint_interval", 3)
+    wait_for(checkpoint_path(run.folder, "g", 3), process)
+    process.kill()
+    process.communicate()
+    for name in run.names():
+        if int(name[-8:]) > 3:
+            (run.folder / name).unlink()
+    assert run(6) == 0
+    assert equal(contents(run.folder, 6), contents(tmp_path / "straight", 6))
+
+
+def test_resuming_really_continues(run, tmp_path):
+    """A changed tensor in the checkpoint changes the result."""
+    run(3)
+    for prefix in ("g", "do"):
+        shutil.copytree(run.folder, tmp_path / prefix)
+        file = checkpoint_path(tmp_path / prefix, prefix, 3)
+        checkpoint = load_checkpoint(file)
+        if prefix == "g":
+            checkpoint["generator"]["conv_pre.bias"] += 0.1
+        else:
+            checkpoint["optim_g"]["state"][0]["exp_avg"] += 0.1
+        save_checkpoint(file, checkpoint)
+    results = []
+    for folder in (run.folder, tmp_path / "g", tmp_path / "do"):
+        run(4, folder=folder)
+        results.append(contents(folder, 4)["g"])
+    assert not equal(results[0], results[1])
+    assert not equal(results[0], results[2])
+
+
+def test_steps_and_epochs_bound_a_run(run, capsys):
+    assert run(100, "--training_epochs", 2) == 0
+    assert run.names() == ["do_00000004", "g_00000004"]
+    assert contents(run.folder, 4)["do"]["epoch"] == 2
+    assert run(3) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run.names() == ["do_00000004", "g_00000004"]
+
+
+def test_only_the_newest_optimizer_files_stay(run):
+    run(5, "--checkpoint_interval", 1, "--keep_checkpoints", 2)
+    assert run.names() == ["do_00000004", "do_00000005", *(f"g_0000000{i}" for i in range(1, 6))]
+
+
+@pytest.mark.parametrize("prefix", ["g", "do"])
+@pytest.mark.parametrize("damage", [b"", b"text", None])
+def test_a_damaged_checkpoint_is_named_and_skipped(run, capsys, prefix, damage):
+    run(2)
+    file = checkpoint_path(run.folder, prefix, 2)
+    damaged = file.read_bytes()[:-2000] if damage is None else damage
+    file.write_bytes(damaged)
+    state = train.build_state(train.load_config(run.config), CPU)
+    assert train.resume(state, run.folder)
+    assert state.steps == 1
+    assert f"skipped: {file}" in capsys.readouterr().out
+    assert file.read_bytes() == damaged
+
+
+def test_nothing_is_lost_where_nothing_can_be_resumed(run):
+    run(1)
+    checkpoint_path(run.folder, "g", 1).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no checkpoint in it can be read"):
+        run(2)
+    checkpoint_path(run.folder, "do", 1).unlink()
+    with pytest.raises(UserError, match="--warm_start"):
+        run(2)
+    assert run.names() == ["g_00000001"]
+
+
+def test_a_lone_do_of_an_interrupted_first_save_starts_anew(run):
+    run(1)
+    expected = contents(run.folder, 1)
+    checkpoint_path(run.folder, "g", 1).unlink()
+    run(1)
+    assert equal(contents(run.folder, 1), expected)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(run):
+    run(1)
+    write_config(run.config, upsample_initial_channel=32)
+    with pytest.raises(UserError, match=r"g_00000001: does not fit the config: .*size mismatch"):
+        run(2)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops(run, number, status):
+    write_config(run.config, num_workers=1)
+    process = run.start("--stdout_interval", 1, "--training_steps", 100_000)
+    lines = iter(process.stdout.readline, "")
+    next(line for line in lines if line.startswith("Steps : 2,"))
+    os.kill(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == status
+    assert "Traceback" not in output
+    (steps,) = {int(name[-8:]) for name in run.names()}
+    assert steps >= 2
+    assert f"after step {steps}, saved" in output
+    assert run(steps + 1) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
+    run(2)
+    calls = itertools.count(3)
+    loss = train.generator_loss
+
+    def broken(scores):
+        return loss(scores) * (float("nan") if next(calls) == 4 else 1)
+
+    monkeypatch.setattr(train, "generator_loss", broken)
+    with pytest.raises(UserError, match=r"not finite at step 4; .*g_00000002"):
+        run(9, "--checkpoint_interval", 6, "--stdout_interval", 5)
+    assert run.names() == ["do_00000001", "do_00000002", "g_00000001", "g_00000002"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    state = train.build_state(toy_config(tmp_path), CPU)
+    with torch.no_grad():
+        state.generator.conv_pre.bias[0] = float("inf")
+    with pytest.raises(UserError, match=r"not finite at step 0; .*no checkpoint yet"):
+        train.save(state, tmp_path, keep=3)
+    assert not list(tmp_path.glob("g_*"))
+
+
+def test_validation_leaves_training_untouched(run, tmp_path):
+    run(4, "--validation_interval", 1)
+    run(4, "--validation_interval", 100, folder=tmp_path / "without")
+    assert equal(contents(run.folder, 4), contents(tmp_path / "without", 4))
+
+
+def test_validation_is_the_mean_mel_error_of_whole_clips(run, corpus):
+    h = train.load_config(run.config)
+    state = train.build_state(h, CPU)
+    clips = meldataset.MelDataset(h, corpus / "validation.txt", corpus / "wavs")
+
+    class Shown(list):
+        def clip(self, _steps, index, real, generated):
+            self.append((index, real[0].shape == generated[0].shape))
+
+    shown = Shown()
+    random_state = torch.get_rng_state()
+    error = train.validate(state, clips, shown)
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert state.generator.training
+    assert shown == [(0, True), (1, True)]
+    errors = []
+    for mel, wav in map(clips.whole, range(2)):
+        wav_hat = state.generator(mel.unsqueeze(0))[0].detach()
+        errors.append(float((state.mel_for_loss(wav_hat) - state.mel_for_loss(wav)).abs().mean()))
+    assert error == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_tensorboard_is_purged_back_to_the_checkpoint(run):
+    intervals = ("--summary_interval", 1, "--validation_interval", 2, "--checkpoint_interval", 2)
+    run(4, *intervals)
+    for prefix in ("g", "do"):
+        checkpoint_path(run.folder, prefix, 4).unlink()
+    run(4, *intervals)
+    events = EventAccumulator(str(run.folder / "logs"))
+    events.Reload()
+    tags = events.Tags()
+    steps = [event.step for event in events.Scalars("training/gen_loss_total")]
+    assert steps == [1, 2, 3, 4]
+    assert {
+        *("training/mel_spec_error", "training/disc_loss_total", "training/learning_rate"),
+        *("training/gradient_norm_generator", "training/steps_per_second"),
+        "validation/mel_spec_error",
+    } <= set(tags["scalars"])
+    assert {"gt/y_0", "generated/y_hat_1"} <= set(tags["audio"])
+    assert {"gt/y_spec_0", "generated/y_hat_spec_1"} <= set(tags["images"])
+
+
+def test_fine_tuning(run, corpus, tmp_path):
+    """From the mels that meldataset.py writes, one of them with Tacotron 2's extra frame."""
+    mels = tmp_path / "ft_dataset"
+    run_main(
+        meldataset,
+        *("--config", run.config, "--input_wavs_dir", corpus / "wavs", "--output_dir", mels),
+    )
+    mel = np.load(mels / "clip0.npy")
+    np.save(mels / "clip0.npy", np.pad(mel, ((0, 0), (0, 1)), mode="edge")[None])
+    run(2)
+    fine_tuning = ("--fine_tuning", "True", "--input_mels_dir", mels)
+    assert run(4, *fine_tuning, "--validation_interval", 1) == 0
+    run(4, "--fine_tuning", "false", folder=tmp_path / "not_tuned")
+    assert not equal(contents(run.folder, 4)["g"], contents(tmp_path / "not_tuned", 4)["g"])
+    np.save(mels / "clip0.npy", mel.T)
+    with pytest.raises(UserError, match=r"clip0\.npy: .*looks transposed"):
+        run(8, *fine_tuning)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unusable_clip_is_one_line_and_loses_nothing(run, corpus, tmp_path, num_workers):
+    write_config(run.config, num_workers=num_workers)
+    wavs = tmp_path / "wavs"
+    shutil.copytree(corpus / "wavs", wavs)
+    first, second = itertools.islice(meldataset.EndlessBatches(5, train.load_config(run.config)), 2)
+    broken = wavs / f"clip{({i for _, i in second} - {i for _, i in first}).pop()}.wav"
+    soundfile.write(broken, np.full(9999, np.nan), 22050, subtype="FLOAT")
+    process = run.start("--input_wavs_dir", wavs, "--training_steps", 1000)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line == f"error: {broken}: holds samples that are NaN or infinite"
+    assert "Traceback" not in output
+    assert run.names() == ["do_00000001", "g_00000001"]
+
+
+def test_a_file_that_is_no_audio_is_found_at_the_start(run, corpus, tmp_path):
+    shutil.copytree(corpus / "wavs", tmp_path / "wavs")
+    (tmp_path / "wavs" / "clip3.wav").write_text("not a wav")
+    with pytest.raises(UserError, match=r"clip3\.wav: cannot be read as audio"):
+        run(1, "--input_wavs_dir", tmp_path / "wavs")
+
+
+def test_fewer_clips_than_a_batch_is_an_error(run):
+    write_config(run.config, batch_size=6)
+    with pytest.raises(UserError, match="5 clips, fewer than batch_size = 6"):
+        run(1)
+    assert not run.folder.exists()
+
+
+def test_an_empty_validation_list_is_no_crash(run, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    run(1, "--input_validation_file", tmp_path / "empty.txt", "--validation_interval", 1)
+    assert run.names() == ["do_00000001", "g_00000001"]
+
+
+def test_warm_start_takes_what_fits(run, tmp_path, capsys):
+    """An MRF generator gives a MISR one its outer layers; the discriminators are taken whole."""
+    other = toy_config(tmp_path, "configs/hifigan_v2.json")
+    textbook = Textbook(other, power_iterations=1)
+    textbook.save(tmp_path, steps=9)
+    h = train.load_config(run.config)
+    state = train.build_state(h, CPU)
+    train.warm_start(state, [checkpoint_path(tmp_path, p, 9) for p in ("g", "do")])
+    for ours, theirs in (
+        (state.generator.conv_pre, textbook.generator.conv_pre),
+        (state.generator.ups[1], textbook.generator.ups[1]),
+        (
+            state.discriminators.mpd.discriminators[4].convs[3],
+            textbook.mpd.discriminators[4].convs[3],
+        ),
+    ):
+        torch.testing.assert_close(ours.weight, theirs.weight.float())
+    output = capsys.readouterr().out
+    assert "g_00000009: generator: 6 of" in output
+    assert "resblocks.0.convs1.0" in output
+    assert "do_00000009: msd: 24 of 24 layers taken\n" in output
+    assert state.steps == 0
+
+
+def test_warm_start_is_for_new_runs_only(run, capsys):
+    run(1)
+    run(2, "--warm_start", checkpoint_path(run.folder, "g", 1))
+    assert "--warm_start not used" in capsys.readouterr().out
+    assert contents(run.folder, 2)["do"]["steps"] == 2
