@@ -301,11 +301,18 @@ def init_processes(device: torch.device) -> None:
         dist.init_process_group("gloo", timeout=PROCESS_TIMEOUT)
 
 
-def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """The sum of `value` over all processes, given to each; `value` itself in a run of one."""
+def leave_processes() -> None:
+    """Takes leave of the other processes; does nothing in a run of one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The mean of `value` over all processes, given to each; `value` itself in a run of one."""
     if world_size() > 1:
+        value = value.clone()
         dist.all_reduce(value, op=dist.ReduceOp.SUM)
-    return value
+    return value / world_size()
 
 
 def max_over_processes(value: int) -> int:

@@ -31,11 +31,12 @@ from env import (
     Config,
     UserError,
     init_processes,
+    leave_processes,
     load_config,
     max_over_processes,
+    mean_over_processes,
     rank,
     select_device,
-    sum_over_processes,
     world_size,
 )
 from meldataset import EndlessBatches, LogMelSpectrogram, MelDataset, audio_seconds
@@ -225,7 +226,7 @@ def validate(state: State, clips: MelDataset, monitor: "Monitor") -> float:
             if index < SHOWN_CLIPS:
                 monitor.clip(state.steps, index, real=real, generated=generated)
     state.generator.train()
-    return float(sum_over_processes(error_sum)) / len(clips)
+    return float(mean_over_processes(error_sum)) * world_size() / len(clips)
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -350,7 +351,7 @@ def say(text: str) -> None:
 class Monitor:
     """What the person watching sees: a bar or lines on the terminal, and TensorBoard.
 
-    Does nothing but on the first process.
+    Every process calls it, the first one shows.
     """
 
     def __init__(self, state: State, folder: Path, last_step: int):
@@ -371,7 +372,8 @@ class Monitor:
     def progress(self, state: State, losses: dict[str, torch.Tensor]) -> None:
         """News for the bar, or a line of text where there is none. Waits for the device."""
         names = ("gen_loss_total", "disc_loss_total", "mel_spec_error")
-        generator, discriminator, mel_error = torch.stack([losses[n] for n in names]).tolist()
+        means = mean_over_processes(torch.stack([losses[name] for name in names]))
+        generator, discriminator, mel_error = means.tolist()
         steps, now = state.steps - self.steps, time.monotonic()
         self.steps_per_second = steps / max(1e-9, now - self.time)
         self.steps, self.time = state.steps, now
@@ -388,10 +390,11 @@ class Monitor:
             )
 
     def summary(self, state: State, losses: dict[str, torch.Tensor]) -> None:
-        """The scalars of training."""
+        """The scalars of training, in every process together."""
+        means = mean_over_processes(torch.stack(list(losses.values())))
         if self.writer is None:
             return
-        scalars = losses | {
+        scalars = dict(zip(losses, means, strict=True)) | {
             "learning_rate": state.optim_g.param_groups[0]["lr"],
             "gradient_norm_generator": gradient_norm(state.generator),
             "gradient_norm_discriminators": gradient_norm(state.discriminators),
@@ -663,7 +666,9 @@ def main() -> int:
         state.discriminators.compile()
     share_over_processes(state)
     describe(a, state, clips)
-    return run(a, state, clips, validation)
+    status = run(a, state, clips, validation)
+    leave_processes()
+    return status
 
 
 if __name__ == "__main__":

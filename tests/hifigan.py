@@ -6,10 +6,12 @@ through each discriminator apart, and a generator step that also computes, and d
 of the discriminators' weights. Module names are those of jik876/hifi-gan's checkpoints.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import spectral_norm, weight_norm
+from torch.nn.utils import spectral_norm
 
 PERIOD_LAYERS = [(1, 32, 3), (32, 128, 3), (128, 512, 3), (512, 1024, 3), (1024, 1024, 1)]
 SCALE_LAYERS = [  # in, out, kernel, stride, groups
@@ -21,6 +23,13 @@ SCALE_LAYERS = [  # in, out, kernel, stride, groups
     (1024, 1024, 41, 1, 16),
     (1024, 1024, 5, 1, 1),
 ]
+
+
+def weight_norm(module: nn.Module) -> nn.Module:
+    """The old one, whose key names HiFi-GAN's files have; PyTorch warns that it is old."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(module)
 
 
 def scaled(channels: int, mult: float) -> int:

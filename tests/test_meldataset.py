@@ -8,7 +8,6 @@ import wave
 from pathlib import Path
 
 import librosa
-import meldataset
 import numpy as np
 import pytest
 import soundfile
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run_main, speech_like, toy_config, write_config
 
+import meldataset
 from env import Config, UserError
 from meldataset import (
     EndlessBatches,
@@ -29,6 +29,16 @@ from meldataset import (
 RATE, HOP, SEGMENT = 22050, 256, 2048  # of the toy config
 FRAMES = SEGMENT // HOP
 SILENCE = math.log(1e-5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Arrays this small only wait for a second thread, where other work keeps the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 # --- LogMelSpectrogram
 
@@ -244,13 +254,9 @@ BAD_WAVS = {
     "nan": (samples_of(0.1, math.nan), "NaN"),
     "infinite": (samples_of(0.1, -math.inf), "NaN or infinite"),
     "nan-48k-stereo": (samples_of(0.1, math.nan, rate=48000, channels=2), "NaN"),
-    # Raw bytes taken for floats; finite, but neither their mean nor their resampling is.
-    "garbage-stereo": (samples_of(3e38, rate=48000, channels=2), "infinite"),
-    "garbage-48k": (samples_of(3e38, -3e38, -3e38, rate=48000), "infinite"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize(("write", "said"), BAD_WAVS.values(), ids=BAD_WAVS)
 def test_unusable_audio_is_refused_by_name(tmp_path, write, said):
     path = tmp_path / "bad.wav"
@@ -261,15 +267,26 @@ def test_unusable_audio_is_refused_by_name(tmp_path, write, said):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize(("length", "rate"), [(255, RATE), (511, 2 * RATE)])
-def test_min_samples_counts_after_resampling(tmp_path, length, rate):
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("rate", [RATE, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_bytes_taken_for_floats_are_clamped_too(tmp_path, rate, channels):
+    # Finite, but in float32 neither their mean nor their resampling is.
+    samples_of(3e38, -3e38, -3e38, rate=rate, channels=channels)(tmp_path / "a.wav")
+    wav = load_wav(tmp_path / "a.wav", RATE)
+    assert wav.isfinite().all()
+    assert wav.abs().max() <= 1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_min_samples_counts_after_resampling(tmp_path, times):
     path = tmp_path / "a.wav"
-    soundfile.write(path, noise(length + rate // RATE), rate)
+    soundfile.write(path, noise(256 * times), RATE * times)
     assert len(load_wav(path, RATE, min_samples=256)) == 256
-    soundfile.write(path, noise(length - rate // RATE), rate)
+    soundfile.write(path, noise(255 * times), RATE * times)
     with pytest.raises(UserError) as error:
         load_wav(path, RATE, min_samples=256)
-    assert str(error.value).startswith(f"{path}: 254 samples at 22050 Hz")
+    assert str(error.value).startswith(f"{path}: 255 samples at 22050 Hz")
     assert "at least 256" in str(error.value)
 
 
@@ -294,7 +311,7 @@ BAD_MELS = {
     "no-frames": (MEL[:, :0], "shape [80, 0]; expected [80, T]"),
     "nan": (np.where(MEL > 1, np.nan, MEL), "NaN"),
     "infinite": (np.where(MEL > 1, -np.inf, MEL), "NaN or infinite"),
-    "too-large": (MEL * 1e300, "NaN or infinite"),
+    "too-large": (MEL * np.float64(1e300), "NaN or infinite"),
     "complex": (MEL.astype(np.complex64), "real numbers"),
     "booleans": (MEL > 0, "real numbers"),
     "strings": (MEL.astype("U5"), "real numbers"),
@@ -431,7 +448,7 @@ def test_unreadable_lists_are_named(tmp_path, contents):
     file_list = tmp_path / "list.txt"
     if contents is not None:
         file_list.write_bytes(contents)
-    with pytest.raises(UserError, match="list.txt: cannot be read"):
+    with pytest.raises(UserError, match=r"list\.txt: cannot be read"):
         read_clips(file_list, tmp_path)
 
 
@@ -553,7 +570,7 @@ def test_short_clips_in_fine_tuning_are_padded_with_the_mel_of_silence(tmp_path,
     assert wav[0, frames * HOP :].eq(0).all()
 
 
-@pytest.mark.parametrize("value", [0, 1e-40], ids=["zeros", "denormal"])
+@pytest.mark.parametrize("value", [0.0, 1e-40], ids=["zeros", "denormal"])
 def test_silence_stays_finite(tmp_path, value):
     dataset = make_dataset(tmp_path, {"a": np.resize([value, -value, 0], 3000)})
     mel, wav = dataset[0, 0]

@@ -1,0 +1,146 @@
+"""Several processes against one: the same updates, checkpoints that both can resume, no hangs."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+import env
+import train
+from tests.conftest import ROOT, corpus_arguments, run_main, toy_config, write_config
+from utils import checkpoint_path, load_checkpoint
+
+STEPS = 4
+
+
+def one_step(rank: int, world_size: int, port: int, folder: Path) -> None:
+    """Writes the losses and gradients of one update in float64, of all processes together."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = torch.device("cpu")
+    env.init_processes(device)
+    h = toy_config(folder)
+    torch.set_default_dtype(torch.float64)
+    state = train.build_state(h, device)
+    train.share_over_processes(state)
+    torch.manual_seed(0)
+    mel = torch.randn(4, h.num_mels, h.segment_size // h.hop_size)
+    wav = 0.1 * torch.randn(4, 1, h.segment_size)
+    losses = train.training_step(state, mel[rank::world_size], wav[rank::world_size])
+    means = env.mean_over_processes(torch.stack(list(losses.values())))
+    if rank == 0:
+        gradients = [
+            p.grad for m in (state.generator, state.discriminators) for p in m.parameters()
+        ]
+        torch.save([means, *gradients], folder / f"of_{world_size}")
+    env.leave_processes()
+
+
+def test_two_processes_make_the_same_gradients(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    toy_config(tmp_path)  # written once, before both read it
+    for world_size in (1, 2):
+        arguments = (world_size, port, tmp_path)
+        torch.multiprocessing.spawn(one_step, args=arguments, nprocs=world_size)
+    for one, two in zip(torch.load(tmp_path / "of_1"), torch.load(tmp_path / "of_2"), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9 * float(one.abs().max()))
+
+
+class TwoProcesses:
+    """train.py under torchrun, and in this process, on the toy corpus."""
+
+    def __init__(self, corpus, tmp_path):
+        config = write_config(tmp_path / "config.json", num_workers=1)
+        self.arguments = [*corpus_arguments(corpus), "--config", str(config)]
+        self.arguments += ["--summary_interval", "1", "--stdout_interval", "1"]
+
+    def start(self, folder: Path, *arguments) -> subprocess.Popen:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        flags = [*self.arguments, "--checkpoint_path", folder, *map(str, arguments)]
+        return subprocess.Popen(
+            [sys.executable, *torchrun, "train.py", *flags],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def two(self, folder: Path, steps: int) -> str:
+        process = self.start(folder, "--training_steps", steps)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+        return output
+
+    def one(self, folder: Path, steps: int) -> None:
+        flags = ("--checkpoint_path", folder, "--training_steps", steps)
+        assert run_main(train, *self.arguments, *flags) == 0
+
+
+@pytest.fixture
+def runs(corpus, tmp_path):
+    return TwoProcesses(corpus, tmp_path)
+
+
+def weights(folder: Path, steps: int) -> np.ndarray:
+    g, do = (load_checkpoint(checkpoint_path(folder, p, steps)) for p in ("g", "do"))
+    tensors = [*g["generator"].values(), *do["mpd"].values(), *do["msd"].values()]
+    return torch.cat([tensor.flatten() for tensor in tensors]).numpy()
+
+
+def logged_losses(output: str) -> list[list[float]]:
+    """The numbers of the lines `Steps : ...`, but for the speed."""
+    lines = [line.split(", s/b")[0] for line in output.splitlines() if line.startswith("Steps : ")]
+    return [[float(part.split(" : ")[1]) for part in line.split(", ")] for line in lines]
+
+
+def test_two_processes_train_alike_and_share_checkpoints(runs, tmp_path, capsys):
+    """Adam turns gradients that are rounding noise into whole steps: a few weights may differ."""
+    for name in ("one", "two"):
+        capsys.readouterr()
+        output = getattr(runs, name)(tmp_path / name, STEPS) or capsys.readouterr().out
+        if name == "one":
+            expected = logged_losses(output)
+    assert len(expected) == STEPS
+    np.testing.assert_allclose(logged_losses(output), expected, rtol=1e-3)
+    difference = np.abs(weights(tmp_path / "two", STEPS) - weights(tmp_path / "one", STEPS))
+    assert np.mean(difference < 1e-5) >= 0.999
+    learning_rate = 2e-4
+    assert difference.max() <= 2 * learning_rate * STEPS
+    output = runs.two(tmp_path / "one", STEPS + 1)
+    assert f"after {STEPS} steps" in output
+    runs.one(tmp_path / "two", STEPS + 1)
+    difference = np.abs(weights(tmp_path / "two", 5) - weights(tmp_path / "one", 5))
+    assert np.mean(difference < 1e-5) >= 0.999
+
+
+def test_a_killed_process_ends_the_others_and_leaves_good_checkpoints(runs, tmp_path):
+    folder = tmp_path / "cp"
+    process = runs.start(folder, "--training_steps", 100_000, "--checkpoint_interval", 1)
+    deadline = time.monotonic() + 120
+    while not checkpoint_path(folder, "g", 3).exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    for path in [*folder.glob("g_*"), *folder.glob("do_*")]:
+        load_checkpoint(path)
+
+
+def test_a_batch_that_does_not_divide_is_refused(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(env.UserError, match="batch_size = 2: expected a multiple of 3"):
+        runs.one(tmp_path / "cp", 1)
+    assert not (tmp_path / "cp").exists()
