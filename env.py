@@ -34,6 +34,14 @@ PROCESS_TIMEOUT = timedelta(minutes=10)
 class UserError(Exception):
     """An error that the user can mend: one line that says what, where and what to do."""
 
+    exit_status = 1
+
+
+class UsageError(UserError):
+    """A UserError in the command line or the config."""
+
+    exit_status = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -42,7 +50,7 @@ class Config:
     `resblock_num` and `resblock_kernel_size` with flat dilations select MISR;
     `resblock_kernel_sizes` with nested dilations select HiFi-GAN's MRF.
 
-    Raises UserError where an invariant is broken.
+    Raises UsageError where an invariant is broken.
     """
 
     # Generator
@@ -85,7 +93,7 @@ class Config:
         for key, holds, expected in _invariants(self):
             if not holds:
                 value = json.dumps(getattr(self, key))
-                raise UserError(f"{key} = {value}: expected {expected}")
+                raise UsageError(f"{key} = {value}: expected {expected}")
 
     @property
     def uses_misr(self) -> bool:
@@ -97,20 +105,20 @@ def load_config(path: str | Path) -> Config:
     """Reads a JSON config of this repository, of HiFi-GAN or of y-chan's port.
 
     Raises:
-        UserError: unreadable file, unknown or missing key, wrong type or broken invariant; the
+        UsageError: unreadable file, unknown or missing key, wrong type or broken invariant; the
             message names the file, the key, the value and what was expected.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON config ({error})") from None
+        raise UsageError(f"{path}: not a readable JSON config ({error})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object of keys and values")
+        raise UsageError(f"{path}: expected a JSON object of keys and values")
     values = {key: value for key, value in values.items() if key not in IGNORED_KEYS}
     try:
         h = Config(**_typed(values))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     if h.uses_misr and "misr_merge" not in values and rank() == 0:
         print(f'{path}: no misr_merge, so "mean"; y-chan\'s port merges by "conv"', file=sys.stderr)
     return h
@@ -124,17 +132,17 @@ def _typed(values: dict) -> dict:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{key} = {json.dumps(values[key])}: unknown key{hint}")
+            raise UsageError(f"{key} = {json.dumps(values[key])}: unknown key{hint}")
     for key, field in known.items():
         if key not in values and field.default is MISSING:
-            raise UserError(f"{key} is missing: expected {_kind_name(kinds[key])}")
+            raise UsageError(f"{key} is missing: expected {_kind_name(kinds[key])}")
     typed = {}
     for key, value in values.items():
         try:
             typed[key] = _convert(value, kinds[key])
         except TypeError:
             expected = _kind_name(kinds[key])
-            raise UserError(f"{key} = {json.dumps(value)}: expected {expected}") from None
+            raise UsageError(f"{key} = {json.dumps(value)}: expected {expected}") from None
     return typed
 
 
@@ -148,8 +156,12 @@ def _convert(value, kind):
                 pass
     elif typing.get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
-    elif kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
+    elif kind is float:
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # NaN is not
+            return float(value)
+    elif kind is int:
+        if type(value) is int and abs(value) < 2**63:
+            return value
     elif type(value) is kind:
         return value
     raise TypeError
@@ -258,7 +270,7 @@ def select_device(name: str) -> torch.device:
     `auto` is CUDA where there is any, else the CPU; `cuda` is the GPU of this process's local rank.
 
     Raises:
-        UserError: no such device here.
+        UsageError: no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -267,13 +279,15 @@ def select_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:<index>")
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:<index>")
     if device.type == "cpu":
         return device
     index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
     if index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise UserError(f"--device {name}: this machine has {count} CUDA devices; try --device cpu")
+        raise UsageError(
+            f"--device {name}: this machine has {count} CUDA devices; try --device cpu"
+        )
     return torch.device("cuda", index)
 
 

@@ -39,11 +39,13 @@ def load_generator(
         UserError: an unreadable file, no config.json beside it, or one that does not fit.
     """
     checkpoint_file = Path(checkpoint_file)
+    if not checkpoint_file.is_file():
+        raise UserError(f"{checkpoint_file}: no such checkpoint file")
+    h = load_config(checkpoint_file.with_name("config.json"))
     contents = load_checkpoint(checkpoint_file)
     if "generator" not in contents:
         hint = "; take the g_* file beside it" if "optim_g" in contents else ""
         raise UserError(f"{checkpoint_file}: holds no generator{hint}")
-    h = load_config(checkpoint_file.with_name("config.json"))
     generator = Generator(h)
     load_weights(generator, contents["generator"], checkpoint_file)
     generator.remove_weight_norm()

@@ -85,7 +85,7 @@ def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torc
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds samples that are NaN or infinite")
-    wav = wav.mean(axis=1)
+    wav = wav.clip(-1, 1).mean(axis=1)
     if len(wav) > 0 and file_rate != sampling_rate:
         wav = librosa.resample(wav, orig_sr=file_rate, target_sr=sampling_rate, res_type="soxr_hq")
     if len(wav) < min_samples:
@@ -113,7 +113,7 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
     try:
         # Mapped, so that a header that claims too much fails before any memory is taken.
         mel = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header fails in a dozen ways
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(mel, np.ndarray) or mel.dtype.kind not in "fiu":
         raise UserError(f"{path}: expected one .npy array of real numbers")
@@ -140,7 +140,7 @@ def read_clips(file_list: str | Path, wavs_dir: str | Path) -> np.ndarray:
         UserError: unreadable list, or an id without an audio file.
     """
     try:
-        with open(file_list, encoding="utf-8") as lines:
+        with open(file_list, encoding="utf-8-sig") as lines:  # Windows writes a byte order mark
             ids = (line.split("|", 1)[0].strip() for line in lines)
             names = [_find_clip(clip_id, wavs_dir) for clip_id in ids if clip_id]
     except (OSError, UnicodeDecodeError) as error:
@@ -155,7 +155,7 @@ def read_clips(file_list: str | Path, wavs_dir: str | Path) -> np.ndarray:
 
 def _find_clip(clip_id: str, wavs_dir: str | Path) -> str:
     """`clip_id` with the extension that exists; raises LookupError where none does."""
-    for extension in AUDIO_EXTENSIONS:
+    for extension in (*AUDIO_EXTENSIONS, *map(str.upper, AUDIO_EXTENSIONS)):
         if os.path.isfile(os.path.join(wavs_dir, clip_id + extension)):
             return clip_id + extension
     is_named_in_full = clip_id.lower().endswith(AUDIO_EXTENSIONS)
@@ -224,7 +224,7 @@ class MelDataset(torch.utils.data.Dataset):
         wav = load_wav(path, self.h.sampling_rate, min_samples=self.h.hop_size)
         peak = wav.abs().max()
         # An acoustic model's mels were taken at the clip's own level.
-        if self.mels_dir is None and peak > 0:
+        if self.mels_dir is None and peak > torch.finfo(peak.dtype).tiny:
             wav = wav * (MAX_AMPLITUDE / peak)
         return wav.unsqueeze(0)
 

@@ -165,7 +165,6 @@ class Generator(nn.Module):
         blocks = self.fusions if h.uses_misr else [block for mrf in self.fusions for block in mrf]
         self.resblocks = nn.ModuleList(blocks)
         self.conv_post = _conv1d(channels, 1, kernel_size=7)
-        self.register_load_state_dict_pre_hook(_accept_old_keys)
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         x = self.conv_pre(mel)
@@ -307,7 +306,6 @@ class MultiPeriodDiscriminator(nn.Module):
     def __init__(self, h: Config):
         super().__init__()
         self.discriminators = nn.ModuleList(PeriodDiscriminator(p, h) for p in (2, 3, 5, 7, 11))
-        self.register_load_state_dict_pre_hook(_accept_old_keys)
 
     def forward(self, wav: torch.Tensor) -> tuple[list, list]:
         scores, features = zip(*(each(wav) for each in self.discriminators), strict=True)
@@ -324,6 +322,7 @@ class MultiScaleDiscriminator(nn.Module):
         super().__init__()
         norms = (spectral_norm, weight_norm, weight_norm)
         self.discriminators = nn.ModuleList(ScaleDiscriminator(norm, h) for norm in norms)
+        # PyTorch accepts the keys of the old weight norm itself, not those of the spectral norm.
         self.register_load_state_dict_pre_hook(_accept_old_keys)
 
     def forward(self, wav: torch.Tensor) -> tuple[list, list]:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from env import (
     Config,
+    UsageError,
     UserError,
     init_processes,
     leave_processes,
@@ -634,7 +635,7 @@ def main() -> int:
     a = parse_arguments()
     h = load_config(a.config)
     if h.batch_size % world_size():
-        raise UserError(
+        raise UsageError(
             f"{a.config}: batch_size = {h.batch_size}: expected a multiple of {world_size()}, the "
             "number of processes"
         )

@@ -24,13 +24,14 @@ PCM16_MAX = 32767
 
 
 def command_line(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits with its status; a UserError becomes one line, status 1."""
+    """Runs a script's `main` and exits with its status; a UserError becomes one line."""
     try:
         sys.exit(main())
     except UserError as error:
         # An error from a data worker arrives with the worker's traceback before it.
         message = str(error).rsplit("UserError: ", 1)[-1]
-        sys.exit("error: " + " ".join(message.split()))
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        sys.exit(error.exit_status)
 
 
 def boolean(text: str) -> bool:
@@ -89,7 +90,8 @@ def plan_outputs(
     """Pairs each file of `inputs` with the file to make of it: `<output_dir>/<name><ending>`.
 
     `inputs` is one file, or a folder, which is searched in depth and whose structure is kept.
-    Files with other extensions are counted and passed over; what lies in `output_dir` is no input.
+    Files with other extensions are counted and passed over, and so is what an earlier run has
+    written to an `output_dir` inside `inputs`.
 
     Raises:
         UserError: nothing to do, or two inputs that would make the same output.
@@ -100,8 +102,11 @@ def plan_outputs(
     if not inputs.is_dir():
         raise UserError(f"{inputs}: no such file or folder")
     files = sorted(path for path in inputs.rglob("*") if path.is_file())
-    if output_dir.resolve() != inputs.resolve():
-        files = [path for path in files if output_dir.resolve() not in path.resolve().parents]
+    target = output_dir.resolve()
+    if target == inputs.resolve() or inputs.resolve() in target.parents:
+        files = [
+            f for f in files if not (f.name.endswith(ending) and target in f.resolve().parents)
+        ]
     chosen = [path for path in files if path.suffix.lower() in extensions]
     if len(chosen) < len(files):
         others = len(files) - len(chosen)
@@ -134,10 +139,19 @@ def process_files(jobs: list[tuple[Path, Path]], process: Callable[[Path, Path],
 
 
 def write_wav(path: str | Path, wav: torch.Tensor, sampling_rate: int) -> None:
-    """Writes a waveform [N] in [-1, 1] as PCM 16, clamped: +1.0 is 32767 and never wraps."""
+    """Writes a waveform [N] in [-1, 1] as PCM 16, clamped: +1.0 is 32767 and never wraps.
+
+    Raises:
+        UserError: NaN or infinity in it, or the file cannot be written.
+    """
+    if not wav.isfinite().all():
+        raise UserError(f"{path}: not written, the waveform is not finite; is the checkpoint good?")
     pcm = (wav.detach().cpu().float().clamp(-1, 1) * PCM16_MAX).round().to(torch.int16)
     with replacing(path) as temporary:
-        soundfile.write(temporary, pcm.numpy(), sampling_rate, subtype="PCM_16", format="WAV")
+        try:
+            soundfile.write(temporary, pcm.numpy(), sampling_rate, subtype="PCM_16", format="WAV")
+        except soundfile.SoundFileError as error:  # how it reports a full disk
+            raise UserError(f"{path}: cannot be written ({error})") from None
 
 
 def write_npy(path: str | Path, array: np.ndarray) -> None:
@@ -230,7 +244,9 @@ def load_matching(module: torch.nn.Module, weights: dict) -> tuple[list[str], li
         The names of the layers taken, and of all others of either side.
     """
     own = module.state_dict()
-    layers = {k: k.split(".parametrizations")[0].removesuffix(".bias") for k in own | weights}
+    layers = {
+        key: re.sub(r"\.(bias|weight|parametrizations\..*)$", "", key) for key in own | weights
+    }
     left = {
         layer
         for key, layer in layers.items()

@@ -1,8 +1,12 @@
 """What the tests share: a toy config, and a small corpus of made-up speech."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+# Threads only get in each other's way at toy size. Set before torch loads; subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

@@ -203,7 +203,7 @@ def test_the_command_line_says_it_in_one_line_before_any_other_file_is_opened(tm
     config = write_config(tmp_path / "broken.json", segment_size=2000)
     command = [sys.executable, ROOT / "train.py", "--config", config]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # no data there
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stdout == ""
     (line,) = run.stderr.splitlines()
     assert line == f"error: {config}: segment_size = 2000: expected a multiple of hop_size, 256"

@@ -1,6 +1,7 @@
 """From wavs and mels to speech, by the scripts themselves and from Python, with toy weights."""
 
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,6 @@ RATE = 22050
 HOP = 256
 CLIPS = {"a": 0.3, "b": 0.21, "sub/c": 0.25}  # seconds
 MRF_CONFIG = "configs/hifigan_v2.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Toy layers are too small to share out: on busy cores that takes 100 times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def new_weights(folder: Path, config: str = "config_v2.json", **changes) -> dict:
@@ -230,6 +222,27 @@ def test_a_bad_mel_is_named_and_the_others_are_done(checkpoint, tmp_path, bad, c
     assert vocode_mels(checkpoint, tmp_path, tmp_path / "out") == 1
     assert files_in(tmp_path / "out") == ["good_generated_e2e.wav"]
     assert capsys.readouterr().err.startswith(f"skipped: {tmp_path / 'bad.npy'}: ")
+
+
+class Touch:
+    """Unpickles into a new file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_mel_is_not_run(checkpoint, tmp_path, capsys):
+    mel, trace = tmp_path / "in/bad.npy", tmp_path / "trace"
+    mel.parent.mkdir()
+    mel.write_bytes(pickle.dumps(Touch(trace)))
+    np.load(mel, allow_pickle=True)
+    trace.unlink()  # so the code is there, and works
+    assert vocode_mels(checkpoint, mel, tmp_path / "out") == 1
+    assert capsys.readouterr().err.startswith(f"skipped: {mel}: not a readable .npy array")
+    assert not trace.exists()
 
 
 def test_one_frame_is_enough(checkpoint, tmp_path):

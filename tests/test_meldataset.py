@@ -48,12 +48,14 @@ RECIPES = {
     "short-window": {"win_size": 800},
     "odd-window": {"win_size": 601},
     "44k": {
-        **{"sampling_rate": 44100, "num_mels": 128, "n_fft": 2048, "win_size": 2048, "fmin": 40},
-        **{
-            "hop_size": 512,
-            "upsample_rates": [8, 8, 4, 2],
-            "upsample_kernel_sizes": [16, 16, 8, 4],
-        },
+        "sampling_rate": 44100,
+        "num_mels": 128,
+        "n_fft": 2048,
+        "win_size": 2048,
+        "hop_size": 512,
+        "fmin": 40,
+        "upsample_rates": [8, 8, 4, 2],
+        "upsample_kernel_sizes": [16, 16, 8, 4],
     },
 }
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -265,6 +267,11 @@ def test_unusable_audio_is_refused_by_name(tmp_path, write, said):
         load_wav(path, RATE)
     assert str(error.value).startswith(f"{path}: ")
     assert said in str(error.value)
+
+
+def test_what_resampling_lifts_over_full_scale_is_clamped(tmp_path):
+    samples_of(*[1.0] * 50, *[-1.0] * 50, rate=48000)(tmp_path / "a.wav")  # its corners overshoot
+    assert load_wav(tmp_path / "a.wav", RATE).abs().max() == 1
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -534,6 +541,12 @@ def test_the_whole_clip_is_normalised_then_cut_at_every_legal_start(tmp_path):
     wavs = [dataset[epoch, 0][1] for epoch in range(60)]
     starts = {find_start(wav, source * (0.95 / 0.8)) for wav in wavs}
     assert starts == {0, 1, 2, 3}
+
+
+def test_equal_clips_are_cut_at_different_places(tmp_path):
+    source = noise(4 * SEGMENT)
+    dataset = make_dataset(tmp_path, {"a": source, "b": source})
+    assert not any(same(dataset[epoch, 0], dataset[epoch, 1]) for epoch in range(3))
 
 
 def test_fine_tuning_keeps_the_level_and_cuts_at_every_legal_start(tmp_path):
