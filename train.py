@@ -524,10 +524,12 @@ def advance(state: State, losses: dict[str, torch.Tensor], steps_per_epoch: int)
 def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelDataset) -> int:
     """Trains until the last step, a signal or an unusable clip, and saves; returns the status."""
     folder, steps_per_epoch = Path(a.checkpoint_path), len(clips) // state.h.batch_size
+    if state.epoch_step >= steps_per_epoch:  # the corpus has shrunk since
+        state.epoch, state.epoch_step = state.epoch + 1, 0
     left_in_epochs = (a.training_epochs - state.epoch) * steps_per_epoch - state.epoch_step
     last_step = min(state.steps + left_in_epochs, a.training_steps or NEVER)
     if state.steps >= last_step:
-        say(f"nothing to do: already at step {state.steps} of {last_step}")
+        say(f"nothing to do: {state.steps} steps and {state.epoch} epochs are done")
         return 0
     signals, batches = StopRequest(), iter(make_loader(clips, state))
     stop, error, saved_step = 0, None, state.steps
