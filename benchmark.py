@@ -23,8 +23,9 @@ from tqdm import tqdm
 from env import Config, load_config, select_device
 from meldataset import LogMelSpectrogram
 from models import Discriminators, Generator
+from state import build_state
 from tests import hifigan
-from train import build_state, training_step
+from train import training_step
 from utils import command_line, positive
 
 MEASURED_FRAMES = 128  # a whole number of hops, from which a second is computed
@@ -125,9 +126,11 @@ def training_rows(config: str, batch_size: int, device: torch.device, repeats: i
 
 def describe_machine(device: torch.device) -> str:
     """What the figures were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    threads = torch.get_num_threads()
-    return f"{device} {name}, {threads} threads, PyTorch {torch.__version__}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{device}: {name}, PyTorch {torch.__version__}"
 
 
 def main() -> None:
@@ -147,6 +150,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
     a = parser.parse_args()
     device = select_device(a.device)
+    torch.backends.cudnn.benchmark = True  # as in train.py
     print("| config | G parameters | G GMAC/s | D parameters | D GMAC/s |\n|---|---|---|---|---|")
     for config in a.config:
         print(size_row(config))

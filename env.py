@@ -282,6 +282,8 @@ def select_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:<index>")
     if device.type == "cpu":
         return device
+    if device.index is not None and world_size() > 1:
+        raise UsageError(f"--device {name}: expected cuda, for several processes have a GPU each")
     index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
     if index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
@@ -302,14 +304,12 @@ def world_size() -> int:
 
 
 def init_processes(device: torch.device) -> None:
-    """Joins the processes that torchrun started: nccl for GPU tensors, gloo for CPU tensors.
-
-    Does nothing in a run of one process.
-    """
+    """Joins the processes that torchrun started: nccl for GPU tensors, gloo for CPU tensors."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world_size() == 1:
         return
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PROCESS_TIMEOUT)
     else:
         dist.init_process_group("gloo", timeout=PROCESS_TIMEOUT)
@@ -318,15 +318,21 @@ def init_processes(device: torch.device) -> None:
 def leave_processes() -> None:
     """Takes leave of the other processes; does nothing in a run of one."""
     if dist.is_initialized():
+        dist.barrier()  # none may close its end while another still speaks
         dist.destroy_process_group()
+
+
+def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The sum of `value` over all processes, given to each; `value` itself in a run of one."""
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value, op=dist.ReduceOp.SUM)
+    return value
 
 
 def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
     """The mean of `value` over all processes, given to each; `value` itself in a run of one."""
-    if world_size() > 1:
-        value = value.clone()
-        dist.all_reduce(value, op=dist.ReduceOp.SUM)
-    return value / world_size()
+    return sum_over_processes(value) / world_size()
 
 
 def max_over_processes(value: int) -> int:

@@ -3,22 +3,20 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import soundfile
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from env import UserError
-
-matplotlib.use("Agg")  # draws into files and TensorBoard, never on a screen
+from env import UserError, rank
 
 PCM16_MAX = 32767
 
@@ -27,11 +25,20 @@ def command_line(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and exits with its status; a UserError becomes one line."""
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         # An error from a data worker arrives with the worker's traceback before it.
         message = str(error).rsplit("UserError: ", 1)[-1]
         print("error: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(error.exit_status)
+
+
+def say(text: str) -> None:
+    """Prints on the first process, above a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def boolean(text: str) -> bool:
@@ -76,6 +83,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(folder: str | Path) -> None:
+    """Removes what a killed process has left of `replacing` checkpoints in `folder`."""
+    for pattern in (".g_*.tmp", ".do_*.tmp"):
+        for path in Path(folder).glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

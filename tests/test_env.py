@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ALL_CONFIGS, ROOT, toy_values, write_config
 
 from env import UserError, load_config, select_device
+from tests.conftest import ALL_CONFIGS, ROOT, toy_values, write_config
 
 # config_v1.json of jik876/hifi-gan, as it is there.
 HIFIGAN_V1 = """{

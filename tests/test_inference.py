@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import run_main, speech_like, write_config
 
 import inference
 import inference_e2e
@@ -16,6 +15,7 @@ import meldataset
 from env import UserError, load_config
 from inference import load_generator, mel_of_wav, synthesize
 from models import Generator
+from tests.conftest import run_main, speech_like, write_config
 from utils import save_checkpoint
 
 RATE = 22050

@@ -13,7 +13,6 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import run_main, speech_like, toy_config, write_config
 
 import meldataset
 from env import Config, UserError
@@ -25,6 +24,7 @@ from meldataset import (
     load_wav,
     read_clips,
 )
+from tests.conftest import run_main, speech_like, toy_config, write_config
 
 RATE, HOP, SEGMENT = 22050, 256, 2048  # of the toy config
 FRAMES = SEGMENT // HOP

@@ -1,0 +1,133 @@
+"""What the person watching a run sees: the terminal and TensorBoard."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from env import mean_over_processes, rank, world_size
+from meldataset import MelDataset, audio_seconds
+from state import State
+from utils import plot_spectrogram, say
+
+DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
+
+
+class Monitor:
+    """What the person watching sees: a bar or lines on the terminal, and TensorBoard.
+
+    Every process calls it, the first one shows.
+    """
+
+    def __init__(self, state: State, folder: Path, last_step: int):
+        self.h = state.h
+        self.steps, self.time = state.steps, time.monotonic()
+        self.steps_per_second = 0.0
+        self.shown: set[int] = set()
+        is_first = rank() == 0
+        self.bar = tqdm(
+            initial=state.steps,
+            total=last_step,
+            unit="step",
+            disable=not (is_first and sys.stderr.isatty()),
+        )
+        # What a killed run has logged after its last checkpoint will come again.
+        purge_step = state.steps + 1
+        self.writer = SummaryWriter(folder / "logs", purge_step=purge_step) if is_first else None
+
+    def progress(self, state: State, losses: dict[str, torch.Tensor]) -> None:
+        """News for the bar, or a line of text where there is none. Waits for the device."""
+        names = ("gen_loss_total", "disc_loss_total", "mel_spec_error")
+        means = mean_over_processes(torch.stack([losses[name] for name in names]))
+        generator, discriminator, mel_error = means.tolist()
+        steps, now = state.steps - self.steps, time.monotonic()
+        self.steps_per_second = steps / max(1e-9, now - self.time)
+        self.steps, self.time = state.steps, now
+        if not self.bar.disable:
+            self.bar.set_postfix_str(
+                f"mel {mel_error:.3f}, G {generator:.2f}, D {discriminator:.2f}", refresh=False
+            )
+            self.bar.update(state.steps - self.bar.n)
+        else:
+            say(
+                f"Steps : {state.steps}, Gen Loss Total : {generator:.3f}, Disc Loss Total : "
+                f"{discriminator:.3f}, Mel-Spec. Error : {mel_error:.4f}, "
+                f"s/b : {1 / self.steps_per_second:.3f}"
+            )
+
+    def summary(self, state: State, losses: dict[str, torch.Tensor]) -> None:
+        """The scalars of training, in every process together."""
+        means = mean_over_processes(torch.stack(list(losses.values())))
+        if self.writer is None:
+            return
+        scalars = dict(zip(losses, means, strict=True)) | {
+            "learning_rate": state.optim_g.param_groups[0]["lr"],
+            "gradient_norm_generator": gradient_norm(state.generator),
+            "gradient_norm_discriminators": gradient_norm(state.discriminators),
+            "steps_per_second": self.steps_per_second,
+        }
+        for name, value in scalars.items():
+            self.writer.add_scalar(f"training/{name}", value, state.steps)
+
+    def validation(self, state: State, mel_error: float) -> None:
+        """The mel error of the validation clips."""
+        say(f"Steps : {state.steps}, Validation Mel-Spec. Error : {mel_error:.4f}")
+        self.steps, self.time = state.steps, time.monotonic()
+        if self.writer is not None:
+            self.writer.add_scalar("validation/mel_spec_error", mel_error, state.steps)
+            self.writer.flush()
+
+    def clip(self, steps: int, index: int, real: tuple, generated: tuple) -> None:
+        """Sound and picture, (wav [1, N], log-mel [num_mels, T]), of a validation clip.
+
+        The real one is written once a run.
+        """
+        if self.writer is None:
+            return
+        kinds = {"generated/y_hat": generated}
+        if index not in self.shown:
+            kinds["gt/y"] = real
+            self.shown.add(index)
+        rate = self.h.sampling_rate
+        for tag, (wav, mel) in kinds.items():
+            picture = plot_spectrogram(mel.cpu().numpy(), self.h.hop_size / rate)
+            self.writer.add_audio(f"{tag}_{index}", wav, steps, rate)
+            self.writer.add_figure(f"{tag}_spec_{index}", picture, steps)
+
+    def close(self) -> None:
+        """Ends the bar and writes what TensorBoard still waits for."""
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def gradient_norm(module: nn.Module) -> torch.Tensor:
+    """The 2-norm of the gradients of the last update."""
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
+
+
+def describe(state: State, clips: MelDataset, config: str, folder: Path) -> None:
+    """Prints what is about to run."""
+    if rank() > 0:
+        return
+    h = state.h
+    count = {
+        name: sum(p.numel() for p in module.parameters()) / 1e6
+        for name, module in (("G", state.generator), ("D", state.discriminators))
+    }
+    probe = clips.clips[:: -(-len(clips) // DURATION_PROBES)]
+    seconds = [audio_seconds(clips.wavs_dir / clip) for clip in probe]
+    hours = sum(seconds) / len(probe) * len(clips) / 3600
+    fusion = "MISR" if h.uses_misr else "MRF"
+    say(
+        f"{config}: {fusion} generator {count['G']:.2f}M parameters, discriminators "
+        f"{count['D']:.1f}M\n"
+        f"{state.device}, {state.precision}, {world_size()} process(es), batch {h.batch_size} of "
+        f"{h.segment_size} samples\n"
+        f"{len(clips)} clips, about {hours:.2f} h; {len(clips) // h.batch_size} steps an epoch\n"
+        f"checkpoints and logs in {folder}"
+    )
