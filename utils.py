@@ -19,6 +19,7 @@ from tqdm import tqdm
 from env import UserError, rank
 
 PCM16_MAX = 32767
+PICTURED_LOG_MELS = (-11.5, 2.0)  # one scale, so that pictures compare: silence to loud speech
 
 
 def command_line(main: Callable[[], int | None]) -> None:
@@ -184,6 +185,8 @@ def plot_spectrogram(mel: np.ndarray, hop_seconds: float) -> Figure:
         aspect="auto",
         origin="lower",
         interpolation="none",
+        vmin=PICTURED_LOG_MELS[0],
+        vmax=PICTURED_LOG_MELS[1],
         extent=(0, seconds, 0, mel.shape[0]),
     )
     axes.set(xlabel="time (s)", ylabel="mel band")
