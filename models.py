@@ -298,20 +298,19 @@ def _scale_conv(conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
     if not is_folded:
         return F.conv1d(x, weight, conv.bias, conv.stride, conv.padding, groups=conv.groups)
     (B, C, T), (C_out, C_in, K) = x.shape, weight.shape
-    stride, padding = conv.stride[0], conv.padding[0]
+    stride, padding = conv.stride[0], conv.padding[0]  # padding is a multiple of FOLD
     S = (T + 2 * padding - K) // stride + 1  # output samples
     phases = FOLD // stride
-    blocks = -(-S // phases)
     taps = -(-((phases - 1) * stride + K) // FOLD)
-    length = (blocks + taps - 1) * FOLD
-    x = F.pad(x, (padding, length - T - padding))
+    x = F.pad(x, (0, -T % FOLD)) if T % FOLD else x
     x = x.reshape(B, C, -1, FOLD).transpose(2, 3).reshape(B, C * FOLD, -1)
     shifts = [(i * stride, taps * FOLD - K - i * stride) for i in range(phases)]
     weight = torch.stack([F.pad(weight, shift) for shift in shifts], dim=1)
     weight = weight.reshape(C_out * phases, C_in, taps, FOLD).transpose(2, 3)
     weight = weight.reshape(C_out * phases, C_in * FOLD, taps)
-    y = F.conv1d(x, weight, conv.bias.repeat_interleave(phases), groups=conv.groups)
-    return y.reshape(B, C_out, phases, blocks).transpose(2, 3).reshape(B, C_out, -1)[..., :S]
+    bias = conv.bias.repeat_interleave(phases)
+    y = F.conv1d(x, weight, bias, padding=padding // FOLD, groups=conv.groups)
+    return y.reshape(B, C_out, phases, -1).transpose(2, 3).reshape(B, C_out, -1)[..., :S]
 
 
 class MultiPeriodDiscriminator(nn.Module):
