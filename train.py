@@ -308,20 +308,17 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PATH",
         help="g_* and do_* files, ours or HiFi-GAN's, whose matching weights a new run begins with",
     )
-    length = parser.add_argument_group("length, in updates unless said otherwise")
-    length.add_argument("--training_epochs", type=positive, default=3100, help="stop after, epochs")
-    length.add_argument("--training_steps", type=positive, help="stop after, whichever is first")
-    length.add_argument("--stdout_interval", type=positive, default=5, help="terminal")
-    length.add_argument("--checkpoint_interval", type=positive, default=5000, help="g_* and do_*")
-    length.add_argument("--summary_interval", type=positive, default=100, help="TensorBoard")
-    length.add_argument("--validation_interval", type=positive, default=1000, help="all its clips")
-    length.add_argument(
-        "--keep_checkpoints",
-        type=positive,
-        default=3,
-        metavar="K",
-        help="the newest K do_* stay; every g_* stays",
-    )
+    length = parser.add_argument_group("length and cadence")
+    for flag, default, meaning in (
+        ("training_epochs", 3100, "stop after so many epochs"),
+        ("training_steps", None, "stop after so many updates in all, if that comes first"),
+        ("stdout_interval", 5, "updates from one line on the terminal to the next"),
+        ("checkpoint_interval", 5000, "updates from one pair of g_* and do_* to the next"),
+        ("summary_interval", 100, "updates from one entry in TensorBoard to the next"),
+        ("validation_interval", 1000, "updates from one validation to the next"),
+        ("keep_checkpoints", 3, "of do_* the newest N stay; every g_* stays"),
+    ):
+        length.add_argument(f"--{flag}", type=positive, default=default, metavar="N", help=meaning)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
     machine.add_argument(
