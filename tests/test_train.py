@@ -220,6 +220,19 @@ def test_bf16_is_of_the_convolutions_alone(tmp_path):
         assert moments["exp_avg"].dtype == torch.float32
 
 
+def test_compiled_models_make_the_same_losses(tmp_path):
+    """Traced as torch.compile does, without its code generator, which would take minutes."""
+    h = toy_config(tmp_path)
+    mel, wav = (x.float() for x in batch(h))
+    eager, compiled = build_state(h, CPU), build_state(h, CPU)
+    for module in (compiled.generator, compiled.discriminators):
+        module.compile(backend="aot_eager")
+    for _ in range(2):
+        expected = train.training_step(eager, mel, wav)
+        for name, loss in train.training_step(compiled, mel, wav).items():
+            assert float(loss) == pytest.approx(float(expected[name]), rel=1e-5)
+
+
 def test_the_learning_rate_decays_exponentially(tmp_path):
     h = toy_config(tmp_path, lr_decay=0.9)
     state = build_state(h, CPU)
