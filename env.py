@@ -281,6 +281,7 @@ def select_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:<index>")
     if device.type == "cpu":
+        torch.set_flush_denormal(True)  # numbers near zero, as silence makes, are slow otherwise
         return device
     if device.index is not None and world_size() > 1:
         raise UsageError(f"--device {name}: expected cuda, for several processes have a GPU each")

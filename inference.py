@@ -4,36 +4,52 @@
 
 From Python:
 
-    from inference import load_generator, synthesize
+    from inference import load_generator, stream, synthesize
     generator, h = load_generator("cp_misrnet/g_02500000", device="cpu")
     wav = synthesize(generator, mel)    # [num_mels, T] -> [T * hop_size] at h.sampling_rate
+    for piece in stream(generator, mel, chunk_frames=32):    # the same samples, as they come
+        ...
 """
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 from env import Config, UserError, load_config, select_device
-from meldataset import AUDIO_EXTENSIONS, LogMelSpectrogram, load_wav
+from meldataset import (
+    AUDIO_EXTENSIONS,
+    SILENT_LOG_MEL,
+    LogMelSpectrogram,
+    WavMel,
+    wav_mel,
+)
 from models import Generator
 from utils import (
+    Job,
     command_line,
     load_checkpoint,
     load_weights,
+    natural,
     plan_outputs,
+    positive,
     process_files,
     write_wav,
 )
 
+Mel = torch.Tensor | WavMel  # [num_mels, T]: has a shape, and mel[:, first:stop]
+
 
 def load_generator(
-    checkpoint_file: str | Path, device: str | torch.device = "cpu"
+    checkpoint_file: str | Path, device: str | torch.device = "cpu", precision: str = "fp32"
 ) -> tuple[Generator, Config]:
     """The generator of a `g_*` file, ready to speak, and the config beside it.
 
-    Files of HiFi-GAN will do.
+    Files of HiFi-GAN will do. With precision "bf16" all but the last layer compute in bfloat16.
 
     Raises:
         UserError: an unreadable file, no config.json beside it, or one that does not fit.
@@ -49,14 +65,55 @@ def load_generator(
     generator = Generator(h)
     load_weights(generator, contents["generator"], checkpoint_file)
     generator.remove_weight_norm()
+    if precision == "bf16":
+        generator.bfloat16()
+        generator.conv_post.float()
     return generator.eval().to(device), h
 
 
+def synthesize(generator: Generator, mel: Mel, chunk_frames: int = 0) -> torch.Tensor:
+    """Log-mel [num_mels, T] -> waveform [T * hop_size] in [-1, 1], on the generator's device.
+
+    With `chunk_frames`, so many frames at a time: the same samples in less memory.
+
+    Raises:
+        ValueError: a mel of another shape.
+    """
+    return torch.cat(list(stream(generator, mel, chunk_frames)))
+
+
 @torch.inference_mode()
-def synthesize(generator: Generator, mel: torch.Tensor) -> torch.Tensor:
-    """Log-mel [num_mels, T] -> waveform [T * hop_size] in [-1, 1], on the generator's device."""
-    device = generator.conv_post.bias.device
-    return generator(mel.to(device).unsqueeze(0))[0, 0]
+def stream(generator: Generator, mel: Mel, chunk_frames: int) -> Iterator[torch.Tensor]:
+    """Yields the waveform of a log-mel [num_mels, T] in pieces of at most `chunk_frames` frames.
+
+    Each chunk goes through the generator with its receptive field's frames around it, whose sound
+    is cut off: so the pieces together are what the whole would give, to rounding. 0 frames: all.
+
+    Raises:
+        ValueError: a mel of another shape.
+    """
+    num_mels, device = generator.conv_pre.in_channels, generator.conv_post.bias.device
+    if len(mel.shape) != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
+        raise ValueError(f"mel of shape {list(mel.shape)}: expected [{num_mels}, T]")
+    T = mel.shape[1]
+    before, after = generator.receptive_field
+    for start in range(0, T, chunk_frames or T):
+        stop = min(start + (chunk_frames or T), T)
+        first = max(0, start - before)
+        wav = generator(mel[:, first : stop + after].to(device).unsqueeze(0))[0, 0]
+        yield wav[(start - first) * generator.hop_size : (stop - first) * generator.hop_size]
+
+
+@torch.inference_mode()
+def synthesize_batch(generator: Generator, mels: list[Mel]) -> list[torch.Tensor]:
+    """Log-mels [num_mels, T] of several lengths -> their waveforms [T * hop_size].
+
+    As one by one, but for the last samples of each, a receptive field: they hear silence follow.
+    """
+    longest = max(mel.shape[1] for mel in mels)
+    padded = [F.pad(mel[:, :], (0, longest - mel.shape[1]), value=SILENT_LOG_MEL) for mel in mels]
+    wavs = generator(torch.stack(padded).to(generator.conv_post.bias.device)).squeeze(1)
+    return [wav[: mel.shape[1] * generator.hop_size] for wav, mel in zip(wavs, mels, strict=True)]
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,37 +122,63 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint_file", required=True, help="g_* file, with its config.json beside it"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "bf16"), help="of all but the last layer"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=positive,
+        default=1,
+        help="files at once, of like sizes, where none is longer than a chunk",
+    )
+    parser.add_argument(
+        "--chunk_frames",
+        type=natural,
+        default=1024,
+        help="frames at once: memory against speed, the same samples; 0: each file whole",
+    )
 
 
-def synthesize_files(
-    a: argparse.Namespace,
-    inputs: str,
-    extensions: tuple[str, ...],
-    ending: str,
-    make_read_mel: Callable[[Config], Callable[[Path], torch.Tensor]],
+def vocode_files(
+    generator: Generator, h: Config, jobs: list[Job], read_mel: Callable[[Path], Mel], a
 ) -> int:
-    """Writes `<output_dir>/<name><ending>` for each input file; returns the exit status.
+    """Writes the waveform of each job's mel; returns the exit status. `a` holds the flags above."""
 
-    `make_read_mel(h)` gives the function that reads a file's mel [num_mels, T].
-    """
-    generator, h = load_generator(a.checkpoint_file, select_device(a.device))
-    read_mel = make_read_mel(h)
+    def vocode(batch: list[Job]) -> Iterator[UserError]:
+        mels = {}
+        for job in batch:
+            try:
+                mels[job] = read_mel(job.source)
+            except UserError as error:
+                yield error
+        wavs = _synthesize_in_pieces(generator, list(mels.values()), a.chunk_frames)
+        for job, pieces in zip(mels, wavs, strict=True):
+            try:
+                write_wav(job.output, pieces, h.sampling_rate)
+            except UserError as error:
+                yield error
 
-    def vocode(source: Path, output: Path) -> None:
-        write_wav(output, synthesize(generator, read_mel(source)), h.sampling_rate)
+    if a.batch_size > 1:
+        jobs = sorted(jobs, key=lambda job: job.source.stat().st_size)
+    batches = [jobs[i : i + a.batch_size] for i in range(0, len(jobs), a.batch_size)]
+    try:
+        return process_files(batches, vocode)
+    except torch.OutOfMemoryError:
+        raise UserError("out of memory; try a smaller --chunk_frames or --batch_size") from None
 
-    return process_files(plan_outputs(inputs, extensions, a.output_dir, ending), vocode)
 
-
-def mel_of_wav(h: Config) -> Callable[[Path], torch.Tensor]:
-    """Reads an audio file's mel, at the level it has."""
-    log_mel = LogMelSpectrogram(h, h.fmax)
-
-    def read_mel(path: Path) -> torch.Tensor:
-        wav = load_wav(path, h.sampling_rate, min_samples=h.hop_size)
-        return log_mel(wav.unsqueeze(0))[0]
-
-    return read_mel
+def _synthesize_in_pieces(
+    generator: Generator, mels: list[Mel], chunk_frames: int
+) -> Iterator[Iterable[torch.Tensor]]:
+    """Yields each mel's waveform, in pieces: as one batch, or one by one where any is longer."""
+    longest = max((mel.shape[1] for mel in mels), default=0)
+    if len(mels) > 1 and longest <= (chunk_frames or longest):
+        yield from ([wav] for wav in synthesize_batch(generator, mels))
+        return
+    for mel in mels:
+        chunks = math.ceil(mel.shape[1] / (chunk_frames or longest))
+        pieces = stream(generator, mel, chunk_frames)
+        yield tqdm(pieces, total=chunks, unit="chunk", leave=False, disable=chunks == 1 or None)
 
 
 def main() -> int:
@@ -112,7 +195,10 @@ def main() -> int:
     parser.add_argument("--output_dir", default="generated_files", help="folder, made if needed")
     add_common_arguments(parser)
     a = parser.parse_args()
-    return synthesize_files(a, a.input_wavs_dir, AUDIO_EXTENSIONS, "_generated.wav", mel_of_wav)
+    generator, h = load_generator(a.checkpoint_file, select_device(a.device), a.precision)
+    jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, "_generated.wav")
+    log_mel = LogMelSpectrogram(h, h.fmax)
+    return vocode_files(generator, h, jobs, lambda path: wav_mel(path, log_mel, h), a)
 
 
 if __name__ == "__main__":

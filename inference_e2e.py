@@ -6,9 +6,10 @@ python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_mis
 import argparse
 from functools import partial
 
-from inference import add_common_arguments, synthesize_files
+from env import select_device
+from inference import add_common_arguments, load_generator, vocode_files
 from meldataset import load_mel
-from utils import command_line
+from utils import command_line, plan_outputs
 
 
 def main() -> int:
@@ -28,13 +29,9 @@ def main() -> int:
     )
     add_common_arguments(parser)
     a = parser.parse_args()
-    return synthesize_files(
-        a,
-        a.input_mels_dir,
-        extensions=(".npy",),
-        ending="_generated_e2e.wav",
-        make_read_mel=lambda h: partial(load_mel, num_mels=h.num_mels),
-    )
+    generator, h = load_generator(a.checkpoint_file, select_device(a.device), a.precision)
+    jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")
+    return vocode_files(generator, h, jobs, partial(load_mel, num_mels=h.num_mels), a)
 
 
 if __name__ == "__main__":

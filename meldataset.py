@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from env import Config, UserError, load_config
-from utils import command_line, plan_outputs, process_files, write_npy
+from utils import Job, command_line, plan_outputs, process_files, write_npy
 
 # What libsndfile reads, by extension; the first that exists is taken for an id.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
@@ -70,6 +70,31 @@ class LogMelSpectrogram(nn.Module):
         )[..., :frames]
         magnitude = torch.sqrt(spectrum.real.square() + spectrum.imag.square() + MIN_POWER)
         return torch.log((self.filterbank @ magnitude).clamp(min=MIN_MAGNITUDE))
+
+
+class WavMel:
+    """The log-mel [num_mels, T] of a waveform [N], computed where it is sliced.
+
+    `mel[:, first:stop]` equals that slice of the whole waveform's mel, to rounding.
+    """
+
+    def __init__(self, log_mel: LogMelSpectrogram, wav: torch.Tensor):
+        self.log_mel, self.wav = log_mel, wav
+        self.shape = (len(log_mel.filterbank), len(wav) // log_mel.hop_size)
+
+    def __getitem__(self, key: tuple[slice, slice]) -> torch.Tensor:
+        bands, frames = key
+        first, stop, _ = frames.indices(self.shape[1])
+        hop_size = self.log_mel.hop_size
+        context = -(-self.log_mel.n_fft // hop_size)  # frames that the end of a slice would bend
+        begin = max(0, first - context)
+        wav = self.wav[begin * hop_size : (stop + context) * hop_size]
+        return self.log_mel(wav.unsqueeze(0))[0, bands, first - begin : stop - begin]
+
+
+def wav_mel(path: str | Path, log_mel: LogMelSpectrogram, h: Config) -> WavMel:
+    """The mel of an audio file, at the level that it has; raises UserError as `load_wav` does."""
+    return WavMel(log_mel, load_wav(path, h.sampling_rate, min_samples=h.hop_size))
 
 
 def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torch.Tensor:
@@ -292,12 +317,15 @@ def main() -> int:
     h = load_config(a.config)
     log_mel = LogMelSpectrogram(h, h.fmax)
 
-    def write_mel(source: Path, output: Path) -> None:
-        wav = load_wav(source, h.sampling_rate, min_samples=h.hop_size)
-        write_npy(output, log_mel(wav.unsqueeze(0))[0].numpy())
+    def write_mel(batch: list[Job]) -> Iterator[UserError]:
+        for source, output in batch:
+            try:
+                write_npy(output, wav_mel(source, log_mel, h)[:, :].numpy())
+            except UserError as error:
+                yield error
 
     jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, ending=".npy")
-    return process_files(jobs, write_mel)
+    return process_files([[job] for job in jobs], write_mel)
 
 
 if __name__ == "__main__":

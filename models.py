@@ -29,10 +29,49 @@ RESIDUAL_STD = 0.01
 VIEW_NOISE = 0.5
 
 
-def _conv1d(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Conv1d:
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x [B, C, T], laid out in memory as [B, T, C]; no copy where it is already."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """True where x [B, C, T] lies in memory as [B, T, C]."""
+    return x.transpose(1, 2).is_contiguous()
+
+
+class Conv1d(nn.Conv1d):
+    """nn.Conv1d that takes and gives either layout.
+
+    nn.Conv1d would copy a channels-last input. As a picture of height 1 it stays as it is.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not is_channels_last(x):
+            return super().forward(x)
+        weight, padding, dilation = (
+            self.weight.unsqueeze(2),
+            (0, *self.padding),
+            (1, *self.dilation),
+        )
+        y = F.conv2d(x.unsqueeze(2), weight, self.bias, padding=padding, dilation=dilation)
+        return y.squeeze(2)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """nn.ConvTranspose1d that takes and gives either layout, as Conv1d."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not is_channels_last(x):
+            return super().forward(x)
+        weight, stride, padding = self.weight.unsqueeze(2), (1, *self.stride), (0, *self.padding)
+        y = F.conv_transpose2d(x.unsqueeze(2), weight, self.bias, stride=stride, padding=padding)
+        return y.squeeze(2)
+
+
+def _conv1d(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> Conv1d:
     """A weight-normalised convolution that keeps the length (kernel_size is odd)."""
     padding = dilation * (kernel_size - 1) // 2
-    conv = nn.Conv1d(in_channels, out_channels, kernel_size, dilation=dilation, padding=padding)
+    conv = Conv1d(in_channels, out_channels, kernel_size, dilation=dilation, padding=padding)
     return weight_norm(conv)
 
 
@@ -50,8 +89,13 @@ class ResBlock1(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
             hidden = conv1(F.leaky_relu(x, LRELU_SLOPE))
-            x = x + conv2(F.leaky_relu(hidden, LRELU_SLOPE))
+            x = x + conv2(F.leaky_relu_(hidden, LRELU_SLOPE))
         return x
+
+    @property
+    def radius(self) -> int:
+        """How many samples to each side a sample depends on."""
+        return sum(conv.padding[0] for conv in (*self.convs1, *self.convs2))
 
 
 class ResBlock2(nn.Module):
@@ -65,6 +109,11 @@ class ResBlock2(nn.Module):
         for conv in self.convs:
             x = x + conv(F.leaky_relu(x, LRELU_SLOPE))
         return x
+
+    @property
+    def radius(self) -> int:
+        """How many samples to each side a sample depends on."""
+        return sum(conv.padding[0] for conv in self.convs)
 
 
 RESBLOCKS = {"1": ResBlock1, "2": ResBlock2}
@@ -91,6 +140,11 @@ class MRF(nn.ModuleList):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return sum(block(x) for block in self) / len(self)
+
+    @property
+    def radius(self) -> int:
+        """How many samples to each side a sample depends on."""
+        return max(block.radius for block in self)
 
 
 class MISR(nn.Module):
@@ -147,10 +201,21 @@ class MISR(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, T = x.shape
         N = self.num_inputs
-        y = self.resblock(self.input_conv(x).reshape(B * N, C, T))
+        y = self.resblock(_reshape(self.input_conv(x), B * N, C, T))
         if self.output_conv is None:
-            return y.reshape(B, N, C, T).mean(dim=1)
-        return self.output_conv(y.reshape(B, N * C, T))
+            return sum(y.reshape(B, N, C, T).unbind(1)) / N
+        return self.output_conv(_reshape(y, B, N * C, T))
+
+    @property
+    def radius(self) -> int:
+        """How many samples to each side a sample depends on."""
+        return self.resblock.radius
+
+
+def _reshape(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    """x [B, C, T] in another shape, in the layout that it has."""
+    y = x.reshape(shape)
+    return channels_last(y) if is_channels_last(x) else y
 
 
 class Generator(nn.Module):
@@ -161,13 +226,14 @@ class Generator(nn.Module):
 
     def __init__(self, h: Config):
         super().__init__()
+        self.hop_size = h.hop_size
         channels = h.upsample_initial_channel
         self.conv_pre = _conv1d(h.num_mels, channels, kernel_size=7)
         self.ups = nn.ModuleList()
         self.fusions = []
         for rate, kernel in zip(h.upsample_rates, h.upsample_kernel_sizes, strict=True):
             padding = (kernel - rate) // 2
-            up = nn.ConvTranspose1d(channels, channels // 2, kernel, rate, padding=padding)
+            up = ConvTranspose1d(channels, channels // 2, kernel, rate, padding=padding)
             self.ups.append(weight_norm(up))
             channels //= 2
             self.fusions.append(_fusion(h, channels))
@@ -178,13 +244,28 @@ class Generator(nn.Module):
         self.conv_post = _conv1d(channels, 1, kernel_size=7)
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        x = self.conv_pre(mel)
+        x = mel.to(self.conv_pre.bias.dtype)
+        # CPU libraries convolve up to three times as fast in this layout. Compilers choose theirs.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            x = channels_last(x)
+        x = self.conv_pre(x)
         for up, fusion in zip(self.ups, self.fusions, strict=True):
             x = fusion(up(F.leaky_relu(x, LRELU_SLOPE)))
         x = F.leaky_relu(x, POST_LRELU_SLOPE)
         # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
         with torch.autocast(x.device.type, enabled=False):
             return torch.tanh(self.conv_post(x.to(self.conv_post.bias.dtype)))
+
+    @property
+    def receptive_field(self) -> tuple[int, int]:
+        """How many frames before, and after, its own frame a sample depends on at most."""
+        first, last = 0, self.hop_size - 1  # of the samples of frame 0, traced back to the mel
+        first, last = first - self.conv_post.padding[0], last + self.conv_post.padding[0]
+        for up, fusion in zip(reversed(self.ups), reversed(self.fusions), strict=True):
+            first, last = first - fusion.radius, last + fusion.radius
+            (kernel,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
+            first, last = -((kernel - 1 - padding - first) // rate), (last + padding) // rate
+        return self.conv_pre.padding[0] - first, last + self.conv_pre.padding[0]
 
     def remove_weight_norm(self) -> None:
         """Replaces each normalised weight by its value: the same function, faster."""

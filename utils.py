@@ -6,9 +6,10 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -57,6 +58,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A command-line integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of 0 or more, not {text!r}")
+    return int(text)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and renames it to `path` once it is written whole.
@@ -99,9 +107,16 @@ def _umask() -> int:
     return mask
 
 
+class Job(NamedTuple):
+    """A file to read and the file to make of it."""
+
+    source: Path
+    output: Path
+
+
 def plan_outputs(
     inputs: str | Path, extensions: tuple[str, ...], output_dir: str | Path, ending: str
-) -> list[tuple[Path, Path]]:
+) -> list[Job]:
     """Pairs each file of `inputs` with the file to make of it: `<output_dir>/<name><ending>`.
 
     `inputs` is one file, or a folder, which is searched in depth and whose structure is kept.
@@ -113,7 +128,7 @@ def plan_outputs(
     """
     inputs, output_dir = Path(inputs), Path(output_dir)
     if inputs.is_file():
-        return [(inputs, output_dir / f"{inputs.stem}{ending}")]
+        return [Job(inputs, output_dir / f"{inputs.stem}{ending}")]
     if not inputs.is_dir():
         raise UserError(f"{inputs}: no such file or folder")
     files = sorted(path for path in inputs.rglob("*") if path.is_file())
@@ -134,39 +149,50 @@ def plan_outputs(
         if output in makers:
             raise UserError(f"{makers[output]} and {path} would both be written to {output}")
         makers[output] = path
-    return [(path, output) for output, path in makers.items()]
+    return [Job(path, output) for output, path in makers.items()]
 
 
-def process_files(jobs: list[tuple[Path, Path]], process: Callable[[Path, Path], None]) -> int:
-    """Calls `process(input, output)` for each job; one that raises UserError is named and skipped.
+def process_files(
+    batches: list[list[Job]], process: Callable[[list[Job]], Iterator[UserError]]
+) -> int:
+    """Calls `process(batch)`, which yields the errors of the files it must skip, for each batch.
 
     Returns the exit status: 0, or 1 where any was skipped.
     """
+    files = sum(len(batch) for batch in batches)
     failures = 0
-    for source, output in tqdm(jobs, unit="file", disable=None):
-        try:
-            process(source, output)
-        except UserError as error:
-            failures += 1
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-    print(f"{len(jobs) - failures} files written" + (f", {failures} skipped" if failures else ""))
+    with tqdm(total=files, unit="file", disable=None) as bar:
+        for batch in batches:
+            for error in process(batch):
+                failures += 1
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+            bar.update(len(batch))
+    print(f"{files - failures} files written" + (f", {failures} skipped" if failures else ""))
     return 1 if failures else 0
 
 
-def write_wav(path: str | Path, wav: torch.Tensor, sampling_rate: int) -> None:
-    """Writes a waveform [N] in [-1, 1] as PCM 16, clamped: +1.0 is 32767 and never wraps.
+def write_wav(path: str | Path, pieces: Iterable[torch.Tensor], sampling_rate: int) -> None:
+    """Writes a waveform, as its pieces [N] come, as PCM 16, clamped: +1.0 is 32767, never wraps.
 
     Raises:
         UserError: NaN or infinity in it, or the file cannot be written.
     """
-    if not wav.isfinite().all():
-        raise UserError(f"{path}: not written, the waveform is not finite; is the checkpoint good?")
-    pcm = (wav.detach().cpu().float().clamp(-1, 1) * PCM16_MAX).round().to(torch.int16)
     with replacing(path) as temporary:
         try:
-            soundfile.write(temporary, pcm.numpy(), sampling_rate, subtype="PCM_16", format="WAV")
+            with soundfile.SoundFile(
+                temporary, "w", sampling_rate, channels=1, subtype="PCM_16", format="WAV"
+            ) as file:
+                for piece in pieces:
+                    file.write(_pcm16(piece, path))
         except soundfile.SoundFileError as error:  # how it reports a full disk
             raise UserError(f"{path}: cannot be written ({error})") from None
+
+
+def _pcm16(wav: torch.Tensor, path: str | Path) -> np.ndarray:
+    if not wav.isfinite().all():
+        raise UserError(f"{path}: not written, the waveform is not finite; is the checkpoint good?")
+    pcm = (wav.detach().cpu().float().clamp(-1, 1) * PCM16_MAX).round()
+    return pcm.to(torch.int16).numpy()
 
 
 def write_npy(path: str | Path, array: np.ndarray) -> None:

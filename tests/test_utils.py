@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from env import UserError
 from utils import (
+    Job,
     boolean,
     checkpoint_path,
     checkpoint_steps,
@@ -75,14 +77,14 @@ def full_disk(size: int = 1000):
     ],
 )
 def test_a_sample_is_clamped_and_rounded(tmp_path, value, pcm):
-    write_wav(tmp_path / "a.wav", torch.tensor([value]), sampling_rate=22050)
+    write_wav(tmp_path / "a.wav", [torch.tensor([value])], sampling_rate=22050)
     samples, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
     assert samples.tolist() == [pcm]
 
 
 def test_a_wav_is_mono_pcm_16_within_half_a_step(tmp_path):
     wav = torch.rand(4000) * 2 - 1
-    write_wav(tmp_path / "a.wav", wav, sampling_rate=24000)
+    write_wav(tmp_path / "a.wav", [wav], sampling_rate=24000)
     info = soundfile.info(tmp_path / "a.wav")
     assert (info.format, info.subtype, info.channels) == ("WAV", "PCM_16", 1)
     assert (info.samplerate, info.frames) == (24000, 4000)
@@ -136,7 +138,7 @@ def test_an_unwritable_place_is_named(tmp_path, place):
 
 
 WRITERS = {
-    "write_wav": lambda path: write_wav(path, torch.zeros(10_000), sampling_rate=22050),
+    "write_wav": lambda path: write_wav(path, [torch.zeros(10_000)], sampling_rate=22050),
     "write_npy": lambda path: write_npy(path, np.zeros(10_000)),
     "save_checkpoint": lambda path: save_checkpoint(path, {"generator": torch.zeros(10_000)}),
 }
@@ -229,14 +231,16 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_bad_file_is_named_and_the_others_are_done(bad, status, capsys):
     done = []
 
-    def process(source: Path, output: Path) -> None:
-        if source.name in bad:
-            raise UserError(f"{source}: broken")
-        done.append((source, output))
+    def process(batch: list[Job]) -> Iterator[UserError]:
+        for job in batch:
+            if job.source.name in bad:
+                yield UserError(f"{job.source}: broken")
+            else:
+                done.append(job)
 
-    jobs = [(Path("in", name), Path("out", name)) for name in "abc"]
-    assert process_files(jobs, process) == status
-    assert done == [job for job in jobs if job[0].name not in bad]
+    jobs = [Job(Path("in", name), Path("out", name)) for name in "abc"]
+    assert process_files([jobs[:2], jobs[2:]], process) == status
+    assert done == [job for job in jobs if job.source.name not in bad]
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [f"skipped: in/{name}: broken" for name in bad]
     assert f"{3 - len(bad)} files written" in printed.out
