@@ -63,6 +63,8 @@ class Config:
     resblock_kernel_size: int | None = None  # MISR: of the one shared block
     misr_merge: str = "mean"  # MISR: "mean" or "conv"
     resblock_kernel_sizes: tuple[int, ...] | None = None  # MRF: one for each block
+    gen_istft_n_fft: int | None = None  # iSTFT head: bins and
+    gen_istft_hop_size: int | None = None  # rate of its inverse STFT, in samples
 
     # Discriminators and losses
     discriminator_channel_mult: float = 1.0
@@ -99,6 +101,11 @@ class Config:
     def uses_misr(self) -> bool:
         """True for MISR, False for HiFi-GAN's MRF."""
         return self.resblock_kernel_sizes is None
+
+    @property
+    def uses_istft(self) -> bool:
+        """True where an inverse STFT makes the last samples, as in iSTFTNet."""
+        return self.gen_istft_n_fft is not None
 
 
 def load_config(path: str | Path) -> Config:
@@ -212,8 +219,10 @@ def _audio_invariants(h: Config):
 def _upsampling_invariants(h: Config):
     rates, kernels = h.upsample_rates, h.upsample_kernel_sizes
     yield "upsample_rates", rates and min(rates) > 0, "a list of one or more positive rates"
-    product = math.prod(rates)
-    expected = f"rates whose product ({product} here) is hop_size, {h.hop_size}"
+    yield from _istft_invariants(h)
+    product = math.prod(rates) * (h.gen_istft_hop_size or 1)
+    times = ", times gen_istft_hop_size," if h.uses_istft else ""
+    expected = f"rates whose product{times} ({product} here) is hop_size, {h.hop_size}"
     yield "upsample_rates", product == h.hop_size, expected
     expected = f"one kernel size for each of the {len(rates)} upsample_rates"
     yield "upsample_kernel_sizes", len(kernels) == len(rates), expected
@@ -224,6 +233,17 @@ def _upsampling_invariants(h: Config):
     expected = f"at least {2 ** len(rates)}: it is halved in each of {len(rates)} stages"
     yield "upsample_initial_channel", last > 0, expected
     yield "resblock", h.resblock in ("1", "2"), '"1" or "2"'
+
+
+def _istft_invariants(h: Config):
+    n_fft, hop_size = h.gen_istft_n_fft, h.gen_istft_hop_size
+    both = "both gen_istft_n_fft and gen_istft_hop_size, or neither"
+    for key in ("gen_istft_n_fft", "gen_istft_hop_size"):
+        yield key, (n_fft is None) == (hop_size is None), both
+    if h.uses_istft:
+        yield "gen_istft_n_fft", n_fft > 0 and n_fft % 2 == 0, "a positive even number"
+        expected = f"1 to half of gen_istft_n_fft, {n_fft // 2}"
+        yield "gen_istft_hop_size", 0 < hop_size <= n_fft // 2, expected
 
 
 def _misr_invariants(h: Config):

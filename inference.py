@@ -66,8 +66,8 @@ def load_generator(
     load_weights(generator, contents["generator"], checkpoint_file)
     generator.remove_weight_norm()
     if precision == "bf16":
-        generator.bfloat16()
-        generator.conv_post.float()
+        for part in (generator.conv_pre, generator.ups, generator.resblocks):
+            part.bfloat16()
     return generator.eval().to(device), h
 
 

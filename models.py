@@ -218,10 +218,47 @@ def _reshape(x: torch.Tensor, *shape: int) -> torch.Tensor:
     return channels_last(y) if is_channels_last(x) else y
 
 
-class Generator(nn.Module):
-    """Log-mel [B, num_mels, T] -> waveform [B, 1, T * hop_size] in [-1, 1].
+class InverseSTFT(nn.Module):
+    """Log magnitudes and phases [B, n_fft + 2, F] -> waveform [B, 1, (F - 1) * hop_size].
 
-    Source: HiFi-GAN, section 2.2, with MISR or MRF after each transposed convolution.
+    The upper half of the channels becomes angles by a sine. Equals torch.istft (centred, periodic
+    Hann window) in a form that ONNX has: a fixed transposed convolution, divided by the sum of the
+    squared windows that are really there.
+
+    Source: Kaneko et al., "iSTFTNet", ICASSP 2022.
+    """
+
+    def __init__(self, n_fft: int, hop_size: int):
+        super().__init__()
+        self.n_fft, self.hop_size = n_fft, hop_size
+        # No waveform in [-1, 1] has a magnitude above the window's sum, n_fft / 2. Eight times as
+        # much never bends speech, and keeps early training from overflowing.
+        self.max_log_magnitude = math.log(4 * n_fft)
+        window = torch.hann_window(n_fft, dtype=torch.float64)
+        bins = torch.eye(n_fft // 2 + 1, dtype=torch.complex128)
+        basis = torch.fft.irfft(torch.cat([bins, 1j * bins]), n=n_fft) * window
+        self.register_buffer("basis", basis.unsqueeze(1).float(), persistent=False)
+        self.register_buffer(
+            "squared_window", window.square()[None, None].float(), persistent=False
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        log_magnitude, phase = x.chunk(2, dim=1)
+        magnitude, angle = log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase.sin()
+        spectrum = torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
+        return self._overlap_add(spectrum, self.basis) / self._overlap_add(
+            torch.ones_like(x[:1, :1]), self.squared_window
+        )
+
+    def _overlap_add(self, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose1d(x, frames, stride=self.hop_size, padding=self.n_fft // 2)
+
+
+class Generator(nn.Module):
+    """Log-mel [B, num_mels, T] -> waveform [B, 1, T * hop_size], in [-1, 1] but for iSTFT heads.
+
+    Source: HiFi-GAN, section 2.2, with MISR or MRF after each transposed convolution; iSTFTNet,
+    whose last stages are an inverse STFT.
     """
 
     def __init__(self, h: Config):
@@ -241,7 +278,12 @@ class Generator(nn.Module):
         # `resblocks.{stage * kernels + k}` for MRF. So `fusions` is a plain list, not registered.
         blocks = self.fusions if h.uses_misr else [block for mrf in self.fusions for block in mrf]
         self.resblocks = nn.ModuleList(blocks)
-        self.conv_post = _conv1d(channels, 1, kernel_size=7)
+        if h.uses_istft:
+            self.conv_post = _conv1d(channels, h.gen_istft_n_fft + 2, kernel_size=7)
+            self.istft = InverseSTFT(h.gen_istft_n_fft, h.gen_istft_hop_size)
+        else:
+            self.conv_post = _conv1d(channels, 1, kernel_size=7)
+            self.istft = None
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         x = mel.to(self.conv_pre.bias.dtype)
@@ -254,17 +296,24 @@ class Generator(nn.Module):
         x = F.leaky_relu(x, POST_LRELU_SLOPE)
         # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
         with torch.autocast(x.device.type, enabled=False):
-            return torch.tanh(self.conv_post(x.to(self.conv_post.bias.dtype)))
+            x = x.to(self.conv_post.bias.dtype)
+            if self.istft is None:
+                return torch.tanh(self.conv_post(x))
+            return self.istft(self.conv_post(F.pad(x, (1, 0), mode="reflect")))
 
     @property
     def receptive_field(self) -> tuple[int, int]:
         """How many frames before, and after, its own frame a sample depends on at most."""
         first, last = 0, self.hop_size - 1  # of the samples of frame 0, traced back to the mel
+        if self.istft is not None:
+            n_fft, rate = self.istft.n_fft, self.istft.hop_size
+            first, last = _sources(first, last, kernel_size=n_fft, rate=rate, padding=n_fft // 2)
+            first, last = first - 1, last - 1  # the reflected frame
         first, last = first - self.conv_post.padding[0], last + self.conv_post.padding[0]
         for up, fusion in zip(reversed(self.ups), reversed(self.fusions), strict=True):
             first, last = first - fusion.radius, last + fusion.radius
-            (kernel,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
-            first, last = -((kernel - 1 - padding - first) // rate), (last + padding) // rate
+            (kernel_size,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
+            first, last = _sources(first, last, kernel_size, rate=rate, padding=padding)
         return self.conv_pre.padding[0] - first, last + self.conv_pre.padding[0]
 
     def remove_weight_norm(self) -> None:
@@ -272,6 +321,11 @@ class Generator(nn.Module):
         for module in self.modules():
             if is_parametrized(module, "weight"):
                 remove_parametrizations(module, "weight")
+
+
+def _sources(first: int, last: int, kernel_size: int, rate: int, padding: int) -> tuple[int, int]:
+    """The first and last input of a transposed convolution that outputs `first` to `last` need."""
+    return -((kernel_size - 1 - padding - first) // rate), (last + padding) // rate
 
 
 def _fusion(h: Config, channels: int) -> nn.Module:
