@@ -237,9 +237,9 @@ def _upsampling_invariants(h: Config):
 
 def _istft_invariants(h: Config):
     n_fft, hop_size = h.gen_istft_n_fft, h.gen_istft_hop_size
+    missing = "gen_istft_n_fft" if n_fft is None else "gen_istft_hop_size"
     both = "both gen_istft_n_fft and gen_istft_hop_size, or neither"
-    for key in ("gen_istft_n_fft", "gen_istft_hop_size"):
-        yield key, (n_fft is None) == (hop_size is None), both
+    yield missing, (n_fft is None) == (hop_size is None), both
     if h.uses_istft:
         yield "gen_istft_n_fft", n_fft > 0 and n_fft % 2 == 0, "a positive even number"
         expected = f"1 to half of gen_istft_n_fft, {n_fft // 2}"

@@ -64,11 +64,16 @@ def load_generator(
         raise UserError(f"{checkpoint_file}: holds no generator{hint}")
     generator = Generator(h)
     load_weights(generator, contents["generator"], checkpoint_file)
+    return prepare(generator, device, precision), h
+
+
+def prepare(generator: Generator, device: str | torch.device, precision: str) -> Generator:
+    """`generator` ready to speak: without weight norm, "fp32" or "bf16", on `device`."""
     generator.remove_weight_norm()
     if precision == "bf16":
         for part in (generator.conv_pre, generator.ups, generator.resblocks):
             part.bfloat16()
-    return generator.eval().to(device), h
+    return generator.eval().to(device)
 
 
 def synthesize(generator: Generator, mel: Mel, chunk_frames: int = 0) -> torch.Tensor:

@@ -32,6 +32,25 @@ def weight_norm(module: nn.Module) -> nn.Module:
         return nn.utils.weight_norm(module)
 
 
+def remove_weight_norms(module: nn.Module) -> None:
+    """Takes the old weight norm off every layer that has it."""
+    for each in module.modules():
+        if hasattr(each, "weight_g"):
+            nn.utils.remove_weight_norm(each)
+
+
+def misr_loop(misr, x):
+    """MISR as one would draw it: N convolutions and N calls of the block, one after the other."""
+    N, C = misr.num_inputs, x.shape[1]
+    weights, biases = misr.input_conv.weight.unsqueeze(2).split(C), misr.input_conv.bias.split(C)
+    picture = x.unsqueeze(2)  # of height 1: so that x stays in the layout it has
+    inputs = [F.conv2d(picture, *each).squeeze(2) for each in zip(weights, biases, strict=True)]
+    branches = [misr.resblock(each) for each in inputs]
+    if misr.output_conv is None:
+        return sum(branches) / N
+    return misr.output_conv(torch.cat(branches, dim=1))
+
+
 def scaled(channels: int, mult: float) -> int:
     """The width of a discriminator layer; 1 is the waveform."""
     return channels if channels == 1 else max(16, round(channels * mult / 16) * 16)

@@ -97,7 +97,17 @@ BROKEN_MRF = [
     ("resblock_dilation_sizes", [[1], [1]], "a list of positive dilations for each of the 3"),
     ("resblock_dilation_sizes", [[1], [1], [0]], "a list of positive dilations"),
 ]
+BROKEN_ISTFT = [
+    ("gen_istft_n_fft", None, "both gen_istft_n_fft and gen_istft_hop_size, or neither"),
+    ("gen_istft_hop_size", None, "both gen_istft_n_fft and gen_istft_hop_size, or neither"),
+    ("gen_istft_n_fft", 15, "a positive even number"),
+    ("gen_istft_n_fft", 0, "a positive even number"),
+    ("gen_istft_hop_size", 9, "1 to half of gen_istft_n_fft, 8"),
+    ("gen_istft_hop_size", 0, "1 to half of gen_istft_n_fft, 8"),
+    ("upsample_rates", [8, 4], "product, times gen_istft_hop_size, (128 here) is hop_size, 256"),
+]
 BROKEN = [("config_v2.json", *row) for row in BROKEN_MISR]
+BROKEN += [("configs/istft_v2.json", *row) for row in BROKEN_ISTFT]
 BROKEN += [("configs/hifigan_v1.json", *row) for row in BROKEN_MRF]
 
 NOT_JSON = {

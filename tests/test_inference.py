@@ -2,6 +2,8 @@
 
 import math
 import pickle
+import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +16,9 @@ import inference
 import inference_e2e
 import meldataset
 from env import Config, UserError, load_config
-from inference import load_generator, synthesize
+from inference import load_generator, stream, synthesize
 from meldataset import LogMelSpectrogram, wav_mel
-from models import Generator
+from models import Generator, ResBlock1, ResBlock2
 from tests.conftest import run_main, speech_like, write_config
 from utils import save_checkpoint
 
@@ -26,17 +28,40 @@ CLIPS = {"a": 0.3, "b": 0.21, "sub/c": 0.25}  # seconds
 MRF_CONFIG = "configs/hifigan_v2.json"
 
 
-def new_weights(folder: Path, config: str = "config_v2.json", **changes) -> dict:
-    """Writes a toy config.json into `folder`; returns weights for it.
+@torch.no_grad()
+def far_sighted(generator: Generator) -> Generator:
+    """Gives `generator` weights by which the whole of its receptive field is heard.
 
-    They are twice as large as fresh ones, which hardly let anything of the mel through.
+    Fresh ones let hardly anything from afar through. Here residual blocks count more than what they
+    are added to, and the ends of their kernels more than the middle. The sound is loud and keeps
+    off the ends of tanh.
     """
+    blocks = [m for m in generator.modules() if isinstance(m, ResBlock1 | ResBlock2)]
+    for conv in (m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Conv1d)):
+        taps = torch.ones(conv.kernel_size)
+        taps[[0, -1]] = 6
+        std = 2 * taps / (taps.norm() * math.sqrt(conv.in_channels))
+        conv.weight = std * torch.randn_like(conv.weight)
+    outputs = []
+    hook = generator.conv_post.register_forward_hook(lambda _, __, y: outputs.append(y))
+    generator(random_mel(50)[None])
+    hook.remove()
+    generator.conv_post.weight = generator.conv_post.weight * (0.2 / outputs[0].std())
+    generator.conv_post.bias.zero_()
+    return generator
+
+
+def random_mel(frames: int) -> torch.Tensor:
+    """A mel [80, frames] of loud and silent bands."""
+    return torch.rand(80, frames) * 12 - 11
+
+
+def new_weights(folder: Path, config: str = "config_v2.json", **changes) -> dict:
+    """Writes a toy config.json into `folder`; returns far-sighted weights for it."""
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     h = load_config(write_config(folder / "config.json", config, **changes))
-    weights = Generator(h).state_dict()
-    gains = {key: 2 * value for key, value in weights.items() if key.endswith("original0")}
-    return weights | gains
+    return far_sighted(Generator(h)).state_dict()
 
 
 def new_checkpoint(folder: Path, config: str = "config_v2.json", **changes) -> Path:
@@ -80,31 +105,35 @@ def checkpoint(tmp_path_factory) -> Path:
     return new_checkpoint(tmp_path_factory.mktemp("cp"))
 
 
-@pytest.fixture(scope="module")
-def wavs(tmp_path_factory) -> Path:
-    """A folder with CLIPS, one of them in a folder of its own."""
-    folder = tmp_path_factory.mktemp("wavs")
-    for seed, (name, seconds) in enumerate(CLIPS.items()):
+def write_clips(folder: Path, clips: dict[str, float]) -> Path:
+    """Writes speech-like wavs of so many seconds."""
+    for seed, (name, seconds) in enumerate(clips.items()):
         wav = speech_like(seconds, RATE, seed=seed)
         write_wav_file(folder / f"{name}.wav", wav, subtype="PCM_16")
     return folder
 
 
-def vocode(checkpoint: Path, inputs: Path, output_dir: Path) -> int:
+@pytest.fixture(scope="module")
+def wavs(tmp_path_factory) -> Path:
+    """A folder with CLIPS, one of them in a folder of its own."""
+    return write_clips(tmp_path_factory.mktemp("wavs"), CLIPS)
+
+
+def vocode(checkpoint: Path, inputs: Path, output_dir: Path, *flags) -> int:
     """Runs inference.py; returns its status."""
     return run_main(
         inference,
         *("--input_wavs_dir", inputs, "--output_dir", output_dir),
-        *("--checkpoint_file", checkpoint, "--device", "cpu"),
+        *("--checkpoint_file", checkpoint, "--device", "cpu", *flags),
     )
 
 
-def vocode_mels(checkpoint: Path, inputs: Path, output_dir: Path) -> int:
+def vocode_mels(checkpoint: Path, inputs: Path, output_dir: Path, *flags) -> int:
     """Runs inference_e2e.py; returns its status."""
     return run_main(
         inference_e2e,
         *("--input_mels_dir", inputs, "--output_dir", output_dir),
-        *("--checkpoint_file", checkpoint, "--device", "cpu"),
+        *("--checkpoint_file", checkpoint, "--device", "cpu", *flags),
     )
 
 
@@ -139,9 +168,10 @@ def test_the_config_gives_the_sampling_rate(wavs, tmp_path):
     assert info.frames == math.ceil(int(0.3 * RATE) * 16000 / RATE) // HOP * HOP
 
 
-def test_a_written_wav_holds_what_the_generator_says(checkpoint, wavs, tmp_path):
-    assert vocode(checkpoint, wavs / "a.wav", tmp_path) == 0
-    generator, h = load_generator(checkpoint)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_written_wav_holds_what_the_generator_says(checkpoint, wavs, tmp_path, precision):
+    assert vocode(checkpoint, wavs / "a.wav", tmp_path, "--precision", precision) == 0
+    generator, h = load_generator(checkpoint, precision=precision)
     wav = synthesize(generator, mel_of(wavs / "a.wav", h))
     expected = np.rint(32767 * wav.double().numpy())
     assert expected.std() > 100  # of 32767: no silence
@@ -163,11 +193,17 @@ def test_mels_of_wavs_give_what_the_wavs_give(checkpoint, wavs, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda mel: mel[None], lambda mel: mel.astype(np.float64), np.asfortranarray],
-    ids=["[1, num_mels, T]", "float64", "Fortran order"],
+    [
+        lambda mel: mel[None],
+        lambda mel: mel.astype(np.float16),
+        lambda mel: mel.astype(np.float64),
+        np.asfortranarray,
+    ],
+    ids=["[1, num_mels, T]", "float16", "float64", "Fortran order"],
 )
 def test_a_mel_may_be_saved_in_other_ways(checkpoint, tmp_path, change):
-    mel = np.random.default_rng(0).uniform(-11, 1, (80, 12)).astype(np.float32)
+    mel = np.random.default_rng(0).uniform(-11, 1, (80, 12)).astype(np.float16)
+    mel = mel.astype(np.float32)
     np.save(tmp_path / "plain.npy", mel)
     np.save(tmp_path / "other.npy", change(mel))
     for name in ("plain", "other"):
@@ -180,54 +216,125 @@ def garbage(path: Path) -> None:
     path.write_bytes(b"RIFF" + np.random.default_rng(0).bytes(500))
 
 
-def empty(path: Path) -> None:
-    path.touch()
+def text(path: Path) -> None:
+    path.write_text("no sound\n" * 50)
 
 
-def no_samples(path: Path) -> None:
-    write_wav_file(path, np.zeros(0))
+def truncated_header(path: Path) -> None:
+    write_wav_file(path, np.zeros(2000))
+    path.write_bytes(path.read_bytes()[:30])
 
 
-def too_short(path: Path) -> None:
-    write_wav_file(path, np.zeros(HOP - 1))
+def samples(values: np.ndarray) -> Callable[[Path], Path]:
+    return lambda path: write_wav_file(path, values)
 
 
-def not_a_number(path: Path) -> None:
-    write_wav_file(path, np.full(2000, np.nan))
+GOOD_SOUNDS = {  # path: rate, channels, how it is stored
+    "8-bit.wav": (8000, 1, "PCM_U8"),
+    "16-bit.WAV": (16000, 2, "PCM_16"),
+    "studio/24-bit.wav": (96000, 6, "PCM_24"),
+    "studio/32-bit.wav": (44100, 1, "PCM_32"),
+    "studio/float.wav": (48000, 2, "FLOAT"),
+    "studio/double.aiff": (RATE, 1, "DOUBLE"),
+    "web/some/where/a.flac": (96000, 2, "PCM_24"),
+    "web/some/where/b.ogg": (44100, 2, "VORBIS"),
+    "web/c.opus": (48000, 1, "OPUS"),
+    "web/d.mp3": (44100, 1, "MPEG_LAYER_III"),
+}
+BAD_SOUNDS = {
+    "garbage.wav": (garbage, "cannot be read as audio"),
+    "text.wav": (text, "cannot be read as audio"),
+    "web/no bytes.mp3": (Path.touch, "cannot be read as audio"),
+    "web/truncated header.wav": (truncated_header, "cannot be read as audio"),
+    "studio/no samples.wav": (samples(np.zeros(0)), "0 samples"),
+    "studio/one sample.wav": (samples(np.zeros(1)), f"1 samples at {RATE} Hz; expected at least"),
+    "studio/too short.wav": (samples(np.zeros(HOP - 1)), f"{HOP - 1} samples"),
+    "NaN.wav": (samples(np.full(2000, np.nan)), "NaN"),
+}
 
 
-@pytest.mark.parametrize("make", [garbage, empty, no_samples, too_short, not_a_number])
-def test_a_bad_wav_is_named_and_the_others_are_done(checkpoint, wavs, tmp_path, make, capsys):
-    make(tmp_path / "bad.wav")
-    (tmp_path / "notes.txt").write_text("no audio")
-    for name in ("a", "z"):
-        (tmp_path / f"{name}.wav").write_bytes((wavs / "a.wav").read_bytes())
-    assert vocode(checkpoint, tmp_path, tmp_path / "out") == 1
-    assert files_in(tmp_path / "out") == ["a_generated.wav", "z_generated.wav"]
+def test_all_good_sounds_of_a_folder_are_vocoded_and_each_bad_one_is_named(
+    checkpoint, tmp_path, capsys
+):
+    folder = tmp_path / "in"
+    for name, (rate, channels, subtype) in GOOD_SOUNDS.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wav = np.repeat(speech_like(0.2, rate)[:, None], channels, axis=1)
+        container = "OGG" if path.suffix == ".opus" else None
+        soundfile.write(path, wav, rate, subtype=subtype, format=container)
+    for name, (make, _) in BAD_SOUNDS.items():
+        make(folder / name)
+    text(folder / "web/notes.txt")
+    assert vocode(checkpoint, folder, tmp_path / "out") == 1
+    stems = [Path(name).with_suffix("") for name in GOOD_SOUNDS]
+    assert files_in(tmp_path / "out") == sorted(f"{stem}_generated.wav" for stem in stems)
+    for stem in stems:
+        pcm = read_pcm(tmp_path / "out" / f"{stem}_generated.wav")
+        assert len(pcm) == int(0.2 * RATE) // HOP * HOP
+        assert pcm.std() > 100
     printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
-    assert line.startswith(f"skipped: {tmp_path / 'bad.wav'}: ")
+    lines = sorted(printed.err.splitlines())
+    for line, (name, (_, reason)) in zip(lines, sorted(BAD_SOUNDS.items()), strict=True):
+        assert line.startswith(f"skipped: {folder / name}: ")
+        assert reason in line
     assert "1 files passed over" in printed.out
-    assert "2 files written, 1 skipped" in printed.out
+    assert f"{len(GOOD_SOUNDS)} files written, {len(BAD_SOUNDS)} skipped" in printed.out
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        np.zeros((12, 80), np.float32),
-        np.zeros((2, 80, 12), np.float32),
-        np.zeros((80, 0), np.float32),
-        np.full((80, 12), np.nan, np.float32),
-        np.array([{"a": 1}]),  # a pickle
-    ],
-    ids=["transposed", "two", "no frames", "NaN", "pickled"],
-)
-def test_a_bad_mel_is_named_and_the_others_are_done(checkpoint, tmp_path, bad, capsys):
-    np.save(tmp_path / "bad.npy", bad)
-    np.save(tmp_path / "good.npy", np.zeros((80, 12), np.float32))
+@pytest.mark.parametrize("output_dir", ["in/out", "in"])
+def test_what_a_run_has_written_into_its_inputs_is_not_vocoded_by_the_next(
+    checkpoint, tmp_path, output_dir, capsys
+):
+    write_clips(tmp_path / "in", CLIPS)
+    for _ in range(2):
+        assert vocode(checkpoint, tmp_path / "in", tmp_path / output_dir) == 0
+        assert capsys.readouterr().out == f"{len(CLIPS)} files written\n"
+    written = [path for path in files_in(tmp_path / "in") if path.endswith("_generated.wav")]
+    assert len(written) == len(CLIPS)
+
+
+def test_two_inputs_with_one_output_are_an_error_before_anything_is_written(checkpoint, tmp_path):
+    write_clips(tmp_path / "in", {"0": 0.2, "a": 0.2})
+    soundfile.write(tmp_path / "in/a.flac", speech_like(0.2), RATE)
+    with pytest.raises(UserError, match=r"a\.flac and .*a\.wav would both be written to .*a_gen"):
+        vocode(checkpoint, tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def zipped_mel(path: Path) -> None:
+    np.savez(path.with_suffix(".npz"), mel=np.zeros((80, 12), np.float32))
+    path.with_suffix(".npz").rename(path)
+
+
+def mel(values: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: np.save(path, values)
+
+
+BAD_MELS = {
+    "transposed": (mel(np.zeros((12, 80))), "it looks transposed: save mel.T"),
+    "bands": (mel(np.zeros((100, 12))), "shape [100, 12]; expected [80, T] frames"),
+    "two": (mel(np.zeros((2, 80, 12))), "shape [2, 80, 12]"),
+    "no frames": (mel(np.zeros((80, 0))), "shape [80, 0]"),
+    "0-d": (mel(np.float32(1)), "shape []"),
+    "NaN": (mel(np.full((80, 12), np.nan)), "NaN"),
+    "objects": (mel(np.full((80, 12), None)), "not a readable .npy array"),
+    "no bytes": (Path.touch, "not a readable .npy array"),
+    "renamed .npz": (zipped_mel, "expected one .npy array of real numbers"),
+}
+
+
+def test_good_mels_of_a_folder_are_vocoded_and_each_bad_one_is_named(checkpoint, tmp_path, capsys):
+    for name, (make, _) in BAD_MELS.items():
+        make(tmp_path / f"{name}.npy")
+    for name in ("a", "z"):
+        np.save(tmp_path / f"{name}.npy", np.zeros((80, 12), np.float32))
     assert vocode_mels(checkpoint, tmp_path, tmp_path / "out") == 1
-    assert files_in(tmp_path / "out") == ["good_generated_e2e.wav"]
-    assert capsys.readouterr().err.startswith(f"skipped: {tmp_path / 'bad.npy'}: ")
+    assert files_in(tmp_path / "out") == ["a_generated_e2e.wav", "z_generated_e2e.wav"]
+    lines = sorted(capsys.readouterr().err.splitlines())
+    for line, (name, (_, reason)) in zip(lines, sorted(BAD_MELS.items()), strict=True):
+        assert line.startswith(f"skipped: {tmp_path / name}.npy: ")
+        assert reason in line
 
 
 class Touch:
@@ -282,6 +389,86 @@ def test_stereo_at_44100_hz_sounds_as_mono_at_22050(checkpoint, tmp_path):
     loud = low > math.log(0.1)
     assert loud.any(dim=0).all()
     torch.testing.assert_close(high[loud], low[loud], rtol=0, atol=0.01)
+
+
+# --- Chunks and batches
+
+
+@pytest.fixture(scope="module")
+def mels(checkpoint, wavs, tmp_path_factory) -> Path:
+    """A folder with the mels of CLIPS."""
+    folder = tmp_path_factory.mktemp("mels")
+    assert write_mels(checkpoint, wavs, folder) == 0
+    return folder
+
+
+def spy_on(monkeypatch, owner: type, seen: list) -> None:
+    """Notes the shape of what each call of `owner.forward` is given."""
+    forward = owner.forward
+    monkeypatch.setattr(owner, "forward", lambda self, x: seen.append(x.shape) or forward(self, x))
+
+
+@pytest.mark.parametrize("script", [vocode, vocode_mels])
+def test_chunks_write_the_same_samples(script, checkpoint, wavs, mels, tmp_path, monkeypatch):
+    inputs, shapes = {vocode: wavs, vocode_mels: mels}[script], []
+    assert script(checkpoint, inputs, tmp_path / "whole", "--chunk_frames", 0) == 0
+    spy_on(monkeypatch, Generator, shapes)
+    assert script(checkpoint, inputs, tmp_path / "chunks", "--chunk_frames", 16) == 0
+    assert len(shapes) == 2 * len(CLIPS)  # none fits in one chunk
+    names = files_in(tmp_path / "whole")
+    assert files_in(tmp_path / "chunks") == names
+    for name in names:
+        whole, chunks = (read_pcm(tmp_path / way / name) for way in ("whole", "chunks"))
+        assert whole.std() > 100
+        np.testing.assert_allclose(chunks, whole, rtol=0, atol=1)
+
+
+def test_the_mel_of_a_long_wav_is_never_computed_whole(checkpoint, tmp_path, monkeypatch):
+    write_clips(tmp_path, {"long": 3.0})
+    shapes = []
+    spy_on(monkeypatch, LogMelSpectrogram, shapes)
+    assert vocode(checkpoint, tmp_path / "long.wav", tmp_path, "--chunk_frames", 64) == 0
+    frames = int(3.0 * RATE) // HOP
+    assert len(shapes) == math.ceil(frames / 64)
+    around_a_chunk = 2 * (13 + 4)  # the receptive field, and frames that an STFT's edge would bend
+    assert max(length for _, length in shapes) <= (64 + around_a_chunk) * HOP < frames * HOP / 2
+
+
+BATCHED = {"a": 0.6, "b": 0.3, "d": 0.4, "sub/c": 0.5}  # seconds: 51, 25, 34 and 43 frames
+
+
+@pytest.mark.parametrize(
+    "chunk_frames, calls, bent",
+    [
+        (1024, [(2, 34), (2, 51)], {"b", "sub/c"}),
+        (0, [(2, 34), (2, 51)], {"b", "sub/c"}),
+        (43, [(2, 34), (1, 43), (1, 51), (1, 21)], {"b"}),
+    ],
+    ids=["shorter than a chunk", "no chunks", "one longer than a chunk"],
+)
+def test_a_batch_of_files_sounds_as_each_alone_but_for_the_ends(
+    checkpoint, tmp_path, monkeypatch, capsys, chunk_frames, calls, bent
+):
+    write_clips(tmp_path / "in", BATCHED)
+    garbage(tmp_path / "in/bad.wav")
+    shapes, flags = [], ("--chunk_frames", chunk_frames)
+    assert vocode(checkpoint, tmp_path / "in", tmp_path / "alone", *flags) == 1
+    capsys.readouterr()
+    spy_on(monkeypatch, Generator, shapes)
+    flags += ("--batch_size", 3)
+    assert vocode(checkpoint, tmp_path / "in", tmp_path / "together", *flags) == 1
+    assert [(B, T) for B, _, T in shapes] == calls
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"skipped: {tmp_path / 'in/bad.wav'}: ")
+    assert files_in(tmp_path / "together") == [f"{name}_generated.wav" for name in BATCHED]
+    _, after = load_generator(checkpoint)[0].receptive_field
+    for name in BATCHED:
+        paths = [tmp_path / way / f"{name}_generated.wav" for way in ("alone", "together")]
+        alone, together = (read_pcm(path).astype(int) for path in paths)
+        difference = np.abs(together - alone)
+        assert difference[: -after * HOP].max() <= 1
+        # At their ends, those shorter than another of their batch hear silence follow.
+        assert (difference.max() > 100) == (name in bent)
 
 
 # --- What a user can get wrong with a checkpoint
@@ -363,6 +550,28 @@ def test_a_misfit_s_error_names_the_layer(tmp_path):
         load_generator(tmp_path / "g_00000001")
 
 
+@pytest.mark.parametrize(
+    "write, read",
+    [
+        (torch.save, partial(torch.load, weights_only=False)),
+        (
+            lambda contents, path: path.write_bytes(pickle.dumps(contents, protocol=2)),
+            lambda path: pickle.loads(path.read_bytes()),
+        ),
+    ],
+    ids=["torch", "pickle"],
+)
+def test_code_in_a_checkpoint_is_not_run(tmp_path, write, read):
+    checkpoint, trace = new_checkpoint(tmp_path), tmp_path / "trace"
+    write({"generator": Touch(trace)}, checkpoint)
+    read(checkpoint)
+    trace.unlink()  # so the code is there, and works
+    with pytest.raises(UserError) as error:
+        load_generator(checkpoint)
+    assert str(error.value).startswith(f"{checkpoint}: not a readable checkpoint")
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("script", [vocode, vocode_mels])
 def test_a_missing_folder_is_named(script, checkpoint, tmp_path):
     with pytest.raises(UserError, match="none: no such file or folder"):
@@ -373,23 +582,24 @@ def test_a_missing_folder_is_named(script, checkpoint, tmp_path):
 # --- From Python
 
 
-@pytest.mark.parametrize(
-    "config, changes",
-    [
-        ("config_v2.json", {}),
-        ("config_v2.json", {"misr_merge": "conv"}),
-        (MRF_CONFIG, {}),
-        ("configs/hifigan_v3.json", {}),
-    ],
-    ids=["MISR", "MISR conv", "MRF", "MRF resblock 2"],
-)
+GENERATORS = {
+    "MISR": ("config_v2.json", {}),
+    "MISR conv": ("config_v2.json", {"misr_merge": "conv"}),
+    "MRF": (MRF_CONFIG, {}),
+    "MRF resblock 2": ("configs/hifigan_v3.json", {}),
+    "iSTFT": ("configs/istft_v2.json", {}),
+}
+generators = pytest.mark.parametrize("config, changes", GENERATORS.values(), ids=GENERATORS)
+
+
+@generators
 def test_a_loaded_generator_is_the_trained_one(tmp_path, config, changes):
     weights = new_weights(tmp_path, config, **changes)
     save_checkpoint(tmp_path / "g_00000001", {"generator": weights})
     loaded, h = load_generator(tmp_path / "g_00000001", device="cpu")
     trained = Generator(h)
     trained.load_state_dict(weights)
-    mel = torch.rand(h.num_mels, 9) * 12 - 11
+    mel = random_mel(9)
     wav = synthesize(loaded, mel)
     assert wav.shape == (9 * h.hop_size,)
     assert wav.device.type == "cpu"
@@ -412,7 +622,7 @@ def test_old_key_names_give_the_same_speech(tmp_path, config):
     weights = new_weights(tmp_path, config)
     save_checkpoint(tmp_path / "g_new", {"generator": weights})
     save_checkpoint(tmp_path / "g_old", {"generator": old_keys(weights)})
-    mel = torch.rand(80, 9) * 12 - 11
+    mel = random_mel(9)
     new, old = (
         synthesize(load_generator(tmp_path / f"g_{each}")[0], mel) for each in ("new", "old")
     )
@@ -429,3 +639,75 @@ def test_the_level_is_never_changed(checkpoint, tmp_path):
     assert loud.float().mean() > 0.1
     shift = torch.full_like(mel[loud], math.log(0.1))
     torch.testing.assert_close(softer[loud] - mel[loud], shift, rtol=0, atol=1e-4)
+
+
+def far_sighted_generator(folder: Path, config: str, changes: dict) -> Generator:
+    """A generator that listens to all of its receptive field, ready to speak."""
+    return load_generator(new_checkpoint(folder, config, **changes))[0]
+
+
+@generators
+@pytest.mark.parametrize("total, chunk_frames", [(40, 1), (75, 7), (75, 64), (75, 1000)])
+def test_pieces_are_exact_where_all_of_the_context_matters(
+    tmp_path, config, changes, total, chunk_frames
+):
+    generator, mel = far_sighted_generator(tmp_path, config, changes), random_mel(total)
+    whole = synthesize(generator, mel)
+    assert 0.03 < whole.std() < 0.3
+    pieces = list(stream(generator, mel, chunk_frames))
+    full, rest = divmod(total, chunk_frames)
+    frames = [chunk_frames] * full + [rest] * (rest > 0)
+    assert [len(piece) for piece in pieces] == [n * generator.hop_size for n in frames]
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=0, atol=1e-5)
+    assert torch.equal(synthesize(generator, mel, chunk_frames), torch.cat(pieces))
+
+
+@generators
+@pytest.mark.parametrize("missing", [(2, 0), (0, 2)], ids=["before", "after"])
+def test_with_two_frames_less_of_context_they_would_not_be(
+    tmp_path, config, changes, missing, monkeypatch
+):
+    generator, mel = far_sighted_generator(tmp_path, config, changes), random_mel(75)
+    whole = synthesize(generator, mel)
+    context = tuple(n - m for n, m in zip(generator.receptive_field, missing, strict=True))
+    monkeypatch.setattr(Generator, "receptive_field", context)
+    assert (synthesize(generator, mel, chunk_frames=7) - whole).abs().max() > 1e-3
+
+
+def test_a_piece_comes_before_the_next_is_made_and_from_its_own_context(checkpoint, monkeypatch):
+    generator, shapes = load_generator(checkpoint)[0], []
+    spy_on(monkeypatch, Generator, shapes)
+    pieces = stream(generator, random_mel(60), chunk_frames=16)
+    for first, stop, heard in [
+        (0, 16, 16 + 13),
+        (16, 32, 42),
+        (32, 48, 13 + 28),
+        (48, 60, 13 + 12),
+    ]:
+        assert not shapes
+        assert len(next(pieces)) == (stop - first) * HOP
+        assert shapes.pop() == (1, 80, heard)
+    assert next(pieces, None) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 80, 9), (9, 80), (79, 9), (80, 0), (80,)], ids=str)
+@pytest.mark.parametrize("chunk_frames", [0, 4])
+def test_a_mel_of_another_shape_is_refused(checkpoint, shape, chunk_frames):
+    said = re.escape(f"mel of shape {list(shape)}: expected [80, T]")
+    with pytest.raises(ValueError, match=said):
+        synthesize(load_generator(checkpoint)[0], torch.zeros(shape), chunk_frames)
+
+
+@generators
+def test_bf16_is_near_fp32_and_its_waveform_is_not_rounded(tmp_path, config, changes):
+    checkpoint, mel = new_checkpoint(tmp_path, config, **changes), random_mel(50)
+    wav = synthesize(load_generator(checkpoint)[0], mel)
+    generator, _ = load_generator(checkpoint, precision="bf16")
+    dtypes = {name.split(".")[0]: p.dtype for name, p in generator.named_parameters()}
+    rounded = dict.fromkeys(("conv_pre", "ups", "resblocks"), torch.bfloat16)
+    assert dtypes == rounded | {"conv_post": torch.float32}
+    bf16_wav = synthesize(generator, mel)
+    assert bf16_wav.dtype == torch.float32
+    assert bf16_wav.ne(bf16_wav.bfloat16()).float().mean() > 0.9
+    snr = 10 * float((wav.var() / (bf16_wav - wav).var()).log10())
+    assert 20 < snr < 50

@@ -1,5 +1,7 @@
 """The models against oracles: plain loops, textbook HiFi-GAN, formulas and known counts."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,16 @@ from env import load_config
 from models import (
     MISR,
     MRF,
+    Conv1d,
+    ConvTranspose1d,
     Discriminators,
     Generator,
     MultiPeriodDiscriminator,
     MultiScaleDiscriminator,
     ResBlock1,
     ResBlock2,
+    channels_last,
+    is_channels_last,
 )
 from tests import hifigan
 from tests.conftest import ALL_CONFIGS, ROOT, toy_config
@@ -34,6 +40,16 @@ def randomise(module: nn.Module, std: float = 0.3) -> nn.Module:
         for p in module.parameters():
             p.normal_(0, std)
     return module
+
+
+def assert_same_gradients(ours: torch.Tensor, theirs: torch.Tensor, wanted: list) -> None:
+    """Two float64 tensors, and their gradients to `wanted`, are equal to rounding."""
+    atol = 1e-10 * float(theirs.detach().abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+    weights = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((y * weights).sum(), wanted) for y in (ours, theirs)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
 
 
 # ------------------------------------------------------------------------------------------- MISR
@@ -60,13 +76,7 @@ def looped_misr(misr: MISR, x: torch.Tensor, grouped: bool) -> torch.Tensor:
 def test_misr_equals_the_loop(num_inputs, resblock, merge, grouped):
     misr = randomise(MISR(6, num_inputs, 5, (1, 3), merge, resblock)).double()
     x = torch.randn(2, 6, 40, dtype=torch.float64, requires_grad=True)
-    wanted = [x, *misr.parameters()]
-    ours, loop = misr(x), looped_misr(misr, x, grouped)
-    weights = torch.randn_like(ours)
-    torch.testing.assert_close(ours, loop, rtol=0, atol=1e-10 * float(loop.detach().abs().max()))
-    gradients = [torch.autograd.grad((y * weights).sum(), wanted) for y in (ours, loop)]
-    for ours, loop in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, loop, rtol=1e-10, atol=1e-10 * float(loop.abs().max()))
+    assert_same_gradients(misr(x), looped_misr(misr, x, grouped), [x, *misr.parameters()])
 
 
 def test_misr_calls_the_shared_block_once_with_all_inputs():
@@ -88,7 +98,136 @@ def test_conv_merge_starts_as_the_mean():
     torch.testing.assert_close(conv(x), mean(x))
 
 
+# ---------------------------------------------------------------------------------------- layouts
+
+CONVOLUTIONS = {
+    "plain": lambda: Conv1d(4, 6, 5, padding=2),
+    "dilated": lambda: Conv1d(4, 6, 5, padding=6, dilation=3),
+    "1x1": lambda: Conv1d(4, 6, 1),
+    "transposed": lambda: ConvTranspose1d(4, 6, 8, 4, padding=2),
+    "transposed, kernel = rate": lambda: ConvTranspose1d(4, 6, 3, 3),
+    "transposed, odd": lambda: ConvTranspose1d(4, 6, 7, 5, padding=1),
+}
+BLOCKS = {
+    "ResBlock1": lambda: ResBlock1(6, 5, (1, 3)),
+    "ResBlock2": lambda: ResBlock2(6, 5, (1, 3)),
+    "MISR mean": lambda: MISR(6, 3, 5, (1, 3), "mean"),
+    "MISR conv": lambda: MISR(6, 3, 5, (1, 3), "conv"),
+    "MRF": lambda: MRF(6, (3, 5), ((1, 2), (1, 3))),
+}
+batches = pytest.mark.parametrize("batch", [1, 3])
+
+
+def test_channels_last_moves_values_only_where_it_must():
+    x = torch.randn(2, 3, 4)
+    y = channels_last(x)
+    assert torch.equal(x, y)
+    assert (x.stride(), y.stride()) == ((12, 4, 1), (12, 1, 3))
+    assert (is_channels_last(x), is_channels_last(y)) == (False, True)
+    assert channels_last(y).data_ptr() == y.data_ptr()
+
+
+@batches
+@pytest.mark.parametrize("make", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_a_convolution_takes_and_gives_either_layout(make, batch):
+    conv = make().double()
+    x = torch.randn(batch, 4, 17, dtype=torch.float64)
+    expected = type(conv).__base__.forward(conv, x)  # of torch.nn
+    for layout in (channels_last, torch.Tensor.contiguous):
+        y = conv(layout(x))
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+        assert is_channels_last(y) == (layout is channels_last)
+
+
+@batches
+@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+def test_a_block_is_the_same_in_both_layouts(make, batch):
+    block = randomise(make()).double()
+    x = torch.randn(batch, 6, 40, dtype=torch.float64, requires_grad=True)
+    last, plain = block(channels_last(x)), block(x)
+    assert (is_channels_last(last), is_channels_last(plain)) == (True, False)
+    assert_same_gradients(last, plain, [x, *block.parameters()])
+
+
 # -------------------------------------------------------------------------------------- generator
+
+FUSIONS = {
+    "MISR": ("config_v2.json", {}),
+    "MISR conv": ("config_v2.json", {"misr_merge": "conv"}),
+    "MISR resblock 2": ("config_v2.json", {"resblock": "2"}),
+    "MRF": ("configs/hifigan_v2.json", {}),
+    "MRF resblock 2": ("configs/hifigan_v3.json", {}),
+}
+GENERATORS = FUSIONS | {"iSTFT": ("configs/istft_v2.json", {})}
+
+
+@pytest.mark.parametrize(("config", "changes"), GENERATORS.values(), ids=GENERATORS)
+def test_the_generator_s_layout_changes_nothing(config, changes, tmp_path, monkeypatch):
+    h = toy_config(tmp_path, config, upsample_initial_channel=32, **changes)
+    generator = Generator(h).double()
+    layouts = []
+    for up in generator.ups:
+        up.register_forward_hook(lambda _, __, y: layouts.append(is_channels_last(y)))
+    mel = torch.randn(2, h.num_mels, 5, dtype=torch.float64, requires_grad=True)
+    wav = generator(mel)
+    monkeypatch.setattr(models, "channels_last", lambda x: x)
+    plain = generator(mel)
+    stages = len(generator.ups)
+    assert layouts == [True] * stages + [False] * stages
+    assert_same_gradients(wav, plain, [mel, *generator.parameters()])
+
+
+def upsampling(*kernels: int, rates: tuple[int, ...], istft: tuple = (None, None)) -> dict:
+    """Config keys for these stages; the mel's STFT is only made to fit."""
+    hop_size = math.prod(rates) * (istft[1] or 1)
+    return {
+        "upsample_rates": rates,
+        "upsample_kernel_sizes": kernels,
+        "gen_istft_n_fft": istft[0],
+        "gen_istft_hop_size": istft[1],
+        "hop_size": hop_size,
+        "segment_size": 8 * hop_size,
+        "n_fft": 3 * hop_size,
+        "win_size": 3 * hop_size,
+    }
+
+
+UPSAMPLINGS = {
+    "shipped": upsampling(16, 16, 4, 4, rates=(8, 8, 2, 2)),
+    "kernel = rate": upsampling(8, 8, 2, 2, rates=(8, 8, 2, 2)),
+    "odd": upsampling(7, 9, rates=(3, 5)),
+    "odd, kernel = rate": upsampling(3, 5, rates=(3, 5)),
+    "long kernels": upsampling(22, 9, rates=(4, 3)),
+    "one stage": upsampling(21, rates=(7,)),
+    "a rate of 1": upsampling(3, 4, rates=(1, 4)),
+    "iSTFT": upsampling(16, 16, rates=(8, 8), istft=(16, 4)),
+    "iSTFT, odd": upsampling(7, rates=(3,), istft=(12, 5)),
+}
+
+
+def spread(generator: Generator) -> tuple[float, float]:
+    """How many frames before its start, and after its end, a frame of the mel is heard."""
+    frame = max(generator.receptive_field) + 1
+    mel = torch.zeros(1, generator.conv_pre.in_channels, 2 * frame + 1)
+    mel[:, :, frame] = math.nan
+    (samples,) = generator(mel)[0, 0].isnan().nonzero(as_tuple=True)
+    first, stop = int(samples[0]), int(samples[-1]) + 1
+    return frame - first / generator.hop_size, stop / generator.hop_size - (frame + 1)
+
+
+@pytest.mark.parametrize("changes", UPSAMPLINGS.values(), ids=UPSAMPLINGS)
+@pytest.mark.parametrize(("config", "fusion"), FUSIONS.values(), ids=FUSIONS)
+def test_a_frame_is_heard_as_far_as_the_receptive_field_says(config, fusion, changes, tmp_path):
+    generator = Generator(toy_config(tmp_path, config, **fusion, **changes))
+    back, ahead = spread(generator)
+    # A sample hears frames to its right by as much as a frame is heard to its left.
+    assert (math.ceil(ahead), math.ceil(back)) == generator.receptive_field
+
+
+def test_the_receptive_field_of_v2_is_13_frames_to_each_side(tmp_path):
+    generator = Generator(toy_config(tmp_path, "config_v2.json"))
+    assert generator.receptive_field == (13, 13)
+    assert spread(generator) == pytest.approx((12.73, 12.73), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +264,7 @@ def test_discriminator_parameter_counts():
 @pytest.mark.parametrize("config", ALL_CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("frames", [1, 2, 33])
 def test_generator_makes_hop_size_samples_a_frame(config, frames, tmp_path):
-    h = toy_config(tmp_path, config)
+    h = toy_config(tmp_path, config, upsample_initial_channel=32)
     wav = Generator(h)(torch.randn(2, h.num_mels, frames))
     assert wav.shape == (2, 1, frames * h.hop_size)
     assert wav.abs().max() <= 1

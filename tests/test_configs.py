@@ -1,0 +1,70 @@
+"""Every shipped config, at toy width, through all that one does with it."""
+
+import pytest
+import torch
+
+from env import load_config
+from export_onnx import LARGEST_DIFFERENCE, largest_difference, to_onnx
+from inference import prepare, synthesize
+from models import Generator
+from state import build_state
+from tests.conftest import ALL_CONFIGS, ROOT, toy_config
+from train import training_step
+
+# Width enough for each stage to have channels; everything else as shipped.
+WIDTH = {"upsample_initial_channel": 64, "batch_size": 1}
+
+
+@pytest.fixture(params=ALL_CONFIGS, ids=lambda path: path.stem)
+def h(request, tmp_path):
+    """A shipped config at toy width, with the segments it has."""
+    full = load_config(request.param)
+    name = str(request.param.relative_to(ROOT))
+    return toy_config(tmp_path, name, segment_size=4 * full.hop_size, **WIDTH)
+
+
+def spoken(h) -> Generator:
+    """A generator whose far context matters."""
+    generator = prepare(Generator(h), "cpu", "fp32")
+    with torch.no_grad():
+        for conv in generator.resblocks.modules():
+            if isinstance(conv, torch.nn.Conv1d):
+                conv.weight *= 2
+    return generator
+
+
+def test_one_training_step(h):
+    state = build_state(h, torch.device("cpu"), "fp32")
+    frames = h.segment_size // h.hop_size
+    before = [p.detach().clone() for p in state.generator.parameters()]
+    mel, wav = torch.randn(1, h.num_mels, frames) - 5, 0.1 * torch.randn(1, 1, h.segment_size)
+    losses = training_step(state, mel, wav)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    after = state.generator.parameters()
+    assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_chunks_make_the_whole(h):
+    generator = spoken(h)
+    mel = torch.rand(h.num_mels, 50) * 12 - 11
+    whole = synthesize(generator, mel)
+    assert whole.shape == (50 * h.hop_size,)
+    assert whole.std() > 0
+    pieces = synthesize(generator, mel, chunk_frames=7)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+
+
+def test_a_frame_reaches_as_far_as_the_receptive_field(h):
+    generator = spoken(h)
+    before, after = generator.receptive_field
+    mel = torch.zeros(h.num_mels, 41)
+    mel[:, 20] = torch.nan
+    touched = synthesize(generator, mel).isnan().nonzero() // h.hop_size
+    assert 20 - after <= touched.min() <= 20 - after + 1
+    assert 20 + before - 1 <= touched.max() <= 20 + before
+
+
+def test_onnx_runtime_gives_the_same_samples(h):
+    generator = spoken(h)
+    assert largest_difference(to_onnx(generator, h).SerializeToString(), generator) <= 1e-5
+    assert LARGEST_DIFFERENCE >= 1e-5
