@@ -5,10 +5,12 @@
 HiFi-GAN's and y-chan's JSON files load as they are.
 """
 
+import ctypes
 import difflib
 import json
 import math
 import os
+import platform
 import sys
 import types
 import typing
@@ -26,6 +28,9 @@ POSITIVE_KEYS = (
     *("upsample_initial_channel", "discriminator_channel_mult", "batch_size", "learning_rate"),
     *("segment_size", "num_mels", "n_fft", "hop_size", "win_size", "sampling_rate"),
 )
+
+# Parameters of glibc's mallopt, from its malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 # A process that hears nothing from the others for so long gives up.
 PROCESS_TIMEOUT = timedelta(minutes=10)
@@ -242,8 +247,11 @@ def _istft_invariants(h: Config):
     yield missing, (n_fft is None) == (hop_size is None), both
     if h.uses_istft:
         yield "gen_istft_n_fft", n_fft > 0 and n_fft % 2 == 0, "a positive even number"
-        expected = f"1 to half of gen_istft_n_fft, {n_fft // 2}"
-        yield "gen_istft_hop_size", 0 < hop_size <= n_fft // 2, expected
+        expected = (
+            f"1 to half of gen_istft_n_fft, {n_fft // 2}, and less than hop_size, {h.hop_size}"
+        )
+        holds = 0 < hop_size <= n_fft // 2 and hop_size < h.hop_size
+        yield "gen_istft_hop_size", holds, expected
 
 
 def _misr_invariants(h: Config):
@@ -301,7 +309,7 @@ def select_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:<index>")
     if device.type == "cpu":
-        torch.set_flush_denormal(True)  # numbers near zero, as silence makes, are slow otherwise
+        _speed_up_cpu()
         return device
     if device.index is not None and world_size() > 1:
         raise UsageError(f"--device {name}: expected cuda, for several processes have a GPU each")
@@ -312,6 +320,16 @@ def select_device(name: str) -> torch.device:
             f"--device {name}: this machine has {count} CUDA devices; try --device cpu"
         )
     return torch.device("cuda", index)
+
+
+def _speed_up_cpu() -> None:
+    """Settings of this process; long inputs run up to twice as fast with them."""
+    torch.set_flush_denormal(True)  # numbers near zero, as silence makes, are slow otherwise
+    if platform.libc_ver()[0] == "glibc":
+        # By default large blocks go back to the system when freed, and come anew, page by page.
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def rank() -> int:

@@ -49,7 +49,8 @@ def load_generator(
 ) -> tuple[Generator, Config]:
     """The generator of a `g_*` file, ready to speak, and the config beside it.
 
-    Files of HiFi-GAN will do. With precision "bf16" all but the last layer compute in bfloat16.
+    Files of HiFi-GAN will do. Devices are named as by --device. With precision "bf16" all but the
+    last layer compute in bfloat16.
 
     Raises:
         UserError: an unreadable file, no config.json beside it, or one that does not fit.
@@ -64,10 +65,10 @@ def load_generator(
         raise UserError(f"{checkpoint_file}: holds no generator{hint}")
     generator = Generator(h)
     load_weights(generator, contents["generator"], checkpoint_file)
-    return prepare(generator, device, precision), h
+    return prepare(generator, select_device(str(device)), precision), h
 
 
-def prepare(generator: Generator, device: str | torch.device, precision: str) -> Generator:
+def prepare(generator: Generator, device: torch.device, precision: str) -> Generator:
     """`generator` ready to speak: without weight norm, "fp32" or "bf16", on `device`."""
     generator.remove_weight_norm()
     if precision == "bf16":
@@ -95,11 +96,13 @@ def stream(generator: Generator, mel: Mel, chunk_frames: int) -> Iterator[torch.
     is cut off: so the pieces together are what the whole would give, to rounding. 0 frames: all.
 
     Raises:
-        ValueError: a mel of another shape.
+        ValueError: a mel of another shape, or a negative number of frames.
     """
     num_mels, device = generator.conv_pre.in_channels, generator.conv_post.bias.device
     if len(mel.shape) != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
         raise ValueError(f"mel of shape {list(mel.shape)}: expected [{num_mels}, T]")
+    if chunk_frames < 0:
+        raise ValueError(f"chunk_frames = {chunk_frames}: expected 0 or more")
     T = mel.shape[1]
     before, after = generator.receptive_field
     for start in range(0, T, chunk_frames or T):
@@ -200,7 +203,7 @@ def main() -> int:
     parser.add_argument("--output_dir", default="generated_files", help="folder, made if needed")
     add_common_arguments(parser)
     a = parser.parse_args()
-    generator, h = load_generator(a.checkpoint_file, select_device(a.device), a.precision)
+    generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
     jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, "_generated.wav")
     log_mel = LogMelSpectrogram(h, h.fmax)
     return vocode_files(generator, h, jobs, lambda path: wav_mel(path, log_mel, h), a)

@@ -6,7 +6,6 @@ python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_mis
 import argparse
 from functools import partial
 
-from env import select_device
 from inference import add_common_arguments, load_generator, vocode_files
 from meldataset import load_mel
 from utils import command_line, plan_outputs
@@ -29,7 +28,7 @@ def main() -> int:
     )
     add_common_arguments(parser)
     a = parser.parse_args()
-    generator, h = load_generator(a.checkpoint_file, select_device(a.device), a.precision)
+    generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
     jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")
     return vocode_files(generator, h, jobs, partial(load_mel, num_mels=h.num_mels), a)
 

@@ -48,12 +48,9 @@ class Conv1d(nn.Conv1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not is_channels_last(x):
             return super().forward(x)
-        weight, padding, dilation = (
-            self.weight.unsqueeze(2),
-            (0, *self.padding),
-            (1, *self.dilation),
-        )
-        y = F.conv2d(x.unsqueeze(2), weight, self.bias, padding=padding, dilation=dilation)
+        weight, stride, padding = self.weight.unsqueeze(2), (1, *self.stride), (0, *self.padding)
+        dilation = (1, *self.dilation)
+        y = F.conv2d(x.unsqueeze(2), weight, self.bias, stride, padding, dilation, self.groups)
         return y.squeeze(2)
 
 

@@ -13,7 +13,10 @@ import pytest
 import soundfile
 import torch
 
+import export_onnx
 from env import Config, load_config
+from models import Generator
+from utils import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ALL_CONFIGS = sorted([*ROOT.glob("config_*.json"), *ROOT.glob("configs/*.json")])
@@ -90,6 +93,18 @@ def run_main(module, *arguments) -> int:
         return module.main() or 0
     finally:
         sys.argv = saved
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """A folder with a toy g_00500000, its config.json, and the misrnet.onnx made of it."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    generator = Generator(load_config(write_config(folder / "config.json")))
+    save_checkpoint(folder / "g_00500000", {"generator": generator.state_dict()})
+    flags = ("--checkpoint_file", folder / "g_00500000", "--output", folder / "misrnet.onnx")
+    assert run_main(export_onnx, *flags) == 0
+    return folder
 
 
 @pytest.fixture(autouse=True)

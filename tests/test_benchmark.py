@@ -5,6 +5,8 @@ import pytest
 import benchmark
 from tests.conftest import ROOT, run_main, write_config
 
+NAMES = ("istft", "hifigan")
+
 
 @pytest.mark.parametrize(
     ("config", "row"),
@@ -29,3 +31,27 @@ def test_training_steps_are_timed_in_turns(tmp_path, capsys):
     for row in rows:
         seconds, ratio = float(row[3].split()[0]), float(row[4].split()[0])
         assert seconds > 0 and ratio > 0
+
+
+def test_inference_is_timed_beside_plain_hifigan(tmp_path, capsys):
+    configs = [write_config(tmp_path / f"{i}.json", f"configs/{i}_v2.json") for i in NAMES]
+    run_main(
+        benchmark,
+        *("--infer", "--config", *configs),
+        *("--seconds", 1, "--repeats", 2, "--device", "cpu"),
+    )
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
+    for row in rows:
+        speeds = [float(cell.split()[0]) for cell in (row[2], row[3], row[5], row[6])]
+        assert min(speeds) > 0
+    assert [bool(row[-1].strip(" |")) for row in rows] == [True, False]  # MRF has no loop
+
+
+def test_memory_is_measured_whole_and_in_chunks(tmp_path, capsys):
+    config = write_config(tmp_path / "toy.json")
+    flags = ("--memory", "--minutes", 1, "--chunk_frames", 0, 64, "--device", "cpu")
+    run_main(benchmark, "--config", config, *flags)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[2] for row in rows] == ["whole", "64"]
+    whole, chunked = (float(row[3].replace(",", "")) for row in rows)
+    assert 100 < chunked < whole
