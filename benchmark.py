@@ -1,9 +1,7 @@
 """Measures models: size, arithmetic, speed and memory of inference, cost of a training step.
 
     python benchmark.py --config config_v1.json config_v2.json
-    python benchmark.py --infer --seconds 1 4 20
-    python benchmark.py --memory --minutes 1 10 60 --config config_v2.json
-    python benchmark.py --train --config config_v2.json --batch_size 4 16
+    python benchmark.py --infer --memory --train --config config_v2.json --output results.json
 
 What is compared runs in turns within one process, on random data: our generators beside HiFi-GAN's
 of the same width as plain eager convolutions, our training step beside the textbook's (both from
@@ -12,12 +10,15 @@ tests/hifigan.py). Figures are medians; quote the ratios.
 
 import argparse
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -38,9 +40,20 @@ from models import Discriminators, Generator
 from state import build_state
 from tests import hifigan
 from train import training_step
-from utils import command_line, natural, positive
+from utils import command_line, natural, positive, replacing
 
 MEASURED_FRAMES = 128  # a whole number of hops, from which a second is computed
+
+
+class Spread(NamedTuple):
+    """A median and its range."""
+
+    low: float
+    median: float
+    high: float
+
+
+Row = dict[str, str | int | float | Spread]  # of a table, by column
 
 
 @dataclass
@@ -50,9 +63,10 @@ class Timing:
     run: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        low, high = min(self.seconds), max(self.seconds)
-        return f"{statistics.median(self.seconds):.3f} ({low:.3f} to {high:.3f})"
+    def spread(self, of: float | None = None) -> Spread:
+        """Of the seconds; or of how many times faster than `of` seconds the runs are."""
+        values = [of / seconds for seconds in self.seconds] if of else self.seconds
+        return Spread(min(values), statistics.median(values), max(values))
 
 
 def parameters(module: nn.Module) -> int:
@@ -69,7 +83,7 @@ def macs_per_second(module: nn.Module, h: Config, *inputs: torch.Tensor) -> floa
     return counter.get_total_flops() / 2 / seconds
 
 
-def size_row(config: str) -> str:
+def size_row(config: str) -> Row:
     """A row of the table of sizes."""
     h = load_config(config)
     generator, discriminators = Generator(h), Discriminators(h)
@@ -79,10 +93,13 @@ def size_row(config: str) -> str:
     mult = h.discriminator_channel_mult
     textbook = (hifigan.MultiPeriod(mult), hifigan.MultiScale(mult))
     discriminator_macs = sum(macs_per_second(each, h, wav, wav) / 2 for each in textbook)
-    return (
-        f"| {config} | {parameters(generator):,} | {generator_macs / 1e9:.2f} | "
-        f"{parameters(discriminators):,} | {discriminator_macs / 1e9:.1f} |"
-    )
+    return {
+        "config": config,
+        "G parameters": parameters(generator),
+        "G GMAC/s": generator_macs / 1e9,
+        "D parameters": parameters(discriminators),
+        "D GMAC/s": discriminator_macs / 1e9,
+    }
 
 
 def take_turns(contestants: dict[str, Timing], device: torch.device, repeats: int) -> None:
@@ -138,26 +155,24 @@ def ready_generator(h: Config, device: torch.device, precision: str) -> Generato
     return prepare(Generator(h), device, precision)
 
 
-def inference_row(config: str, seconds: float, device: torch.device, repeats: int) -> str:
+def inference_row(config: str, seconds: int, device: torch.device, repeats: int) -> Row:
     """A row of the table of speeds."""
     h = load_config(config)
     contestants = inference_contestants(h, device, seconds)
     take_turns(contestants, device, repeats)
     macs = macs_per_second(Generator(h), h, torch.zeros(1, h.num_mels, MEASURED_FRAMES)) * seconds
-    cells = [config, f"{seconds:g}"]
+    row = {"config": config, "s of audio": seconds}
     for precision in ("fp32", "bf16"):
-        ours, matmul = contestants[f"ours, {precision}"], contestants[f"matmul, {precision}"]
-        median = statistics.median(ours.seconds)
-        peak = MATMUL_SIZE**3 / statistics.median(matmul.seconds)  # multiply-accumulates a second
-        low, high = seconds / max(ours.seconds), seconds / min(ours.seconds)
-        cells += [
-            f"{seconds / median:.1f} ({low:.1f} to {high:.1f})",
-            f"{median_ratio(contestants['plain'], ours):.2f}",
-            f"{macs / median / peak:.0%}",
-        ]
-    is_looped = "loop" in contestants
-    ratio = median_ratio(contestants["loop"], contestants["ours, fp32"]) if is_looped else None
-    return "| " + " | ".join([*cells, f"{ratio:.2f}" if is_looped else ""]) + " |"
+        ours = contestants[f"ours, {precision}"]
+        peak = MATMUL_SIZE**3 / contestants[f"matmul, {precision}"].spread().median
+        row |= {
+            f"{precision}: times real time": ours.spread(of=seconds),
+            f"{precision}: of plain fp32 HiFi-GAN": median_ratio(contestants["plain"], ours),
+            f"{precision}: of matmul": macs / ours.spread().median / peak,
+        }
+    loop = contestants.get("loop")
+    row["of the loop"] = median_ratio(loop, contestants["ours, fp32"]) if loop else ""
+    return row
 
 
 def median_ratio(slow: Timing, fast: Timing) -> float:
@@ -165,17 +180,17 @@ def median_ratio(slow: Timing, fast: Timing) -> float:
     return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
-def memory_row(config: str, minutes: float, chunk_frames: int, device: torch.device) -> str:
+def memory_row(config: str, minutes: int, chunk_frames: int, device: torch.device) -> Row:
     """A row of the table of memory; measured in a process of its own, for peaks do not fall."""
+    row = {"config": config, "min of audio": minutes, "chunk_frames": chunk_frames or "whole"}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        row = pool.submit(stream_once, config, minutes, chunk_frames, device)
+        figures = pool.submit(stream_once, config, minutes, chunk_frames, device)
         try:
-            megabytes, first, speed = row.result()
-            cells = f"{megabytes:,.0f} | {first:.2f} | {speed:.1f}"
+            megabytes, first, speed = figures.result()
         except (torch.OutOfMemoryError, RuntimeError, BrokenProcessPool):
-            cells = "out of memory | |"
-    return f"| {config} | {minutes:g} | {chunk_frames or 'whole'} | {cells} |"
+            return row | {"peak MB": "out of memory", "first sound, s": "", "times real time": ""}
+    return row | {"peak MB": round(megabytes), "first sound, s": first, "times real time": speed}
 
 
 def stream_once(
@@ -228,61 +243,70 @@ def textbook(h: Config, device: torch.device, mel: torch.Tensor, wav: torch.Tens
     )
 
 
-def training_rows(config: str, batch_size: int, device: torch.device, repeats: int) -> list[str]:
+def training_rows(
+    config: str, batch_size: int, device: torch.device, repeats: int
+) -> Iterator[Row]:
     """Rows of the table of training steps."""
     h = replace(load_config(config), batch_size=batch_size)
     contestants = training_contestants(h, device)
     take_turns(contestants, device, repeats)
-    baseline = contestants["textbook, fp32"]
-    rows = []
     for name, timing in contestants.items():
-        ratio = median_ratio(baseline, timing)
-        rows.append(f"| {config} | {batch_size} | {name} | {timing} | {ratio:.2f} |")
-    return rows
+        yield {
+            "config": config,
+            "batch": batch_size,
+            "step": name,
+            "seconds": timing.spread(),
+            "times as fast": median_ratio(contestants["textbook, fp32"], timing),
+        }
 
 
-def describe_machine(device: torch.device) -> str:
-    """What the figures were measured on."""
+def machine(device: torch.device) -> dict[str, str]:
+    """What the figures were measured on, and of which commit."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{device}: {name}, PyTorch {torch.__version__}"
+        cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = f"{cpus[0] if cpus else platform.machine()}, {torch.get_num_threads()} threads"
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {"Python": platform.python_version(), "PyTorch": torch.__version__}
+    return {"device": f"{device.type}: {name}", **versions, "commit": commit or "unknown"}
 
 
-SIZE_HEADER = (
-    "| config | G parameters | G GMAC/s | D parameters | D GMAC/s |\n|---|---|---|---|---|"
-)
-INFERENCE_HEADER = (
-    "| config | s of audio | fp32: times real time (range) | of plain HiFi-GAN | of matmul "
-    "| bf16: times real time (range) | of plain HiFi-GAN fp32 | of matmul | of the loop |\n"
-    "|---|---|---|---|---|---|---|---|---|"
-)
-MEMORY_HEADER = (
-    "| config | min of audio | chunk_frames | peak MB | first sound after s | times real time |\n"
-    "|---|---|---|---|---|---|"
-)
-TRAINING_HEADER = (
-    "| config | batch | step | seconds (range) | times as fast |\n|---|---|---|---|---|"
-)
-
-
-def rows(a: argparse.Namespace, device: torch.device) -> Iterator[str]:
-    """The tables that the flags ask for, line by line."""
-    yield SIZE_HEADER
-    yield from map(size_row, a.config)
+def tables(a: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Iterator[Row]]]:
+    """The tables that the flags ask for: names and rows, measured as they are drawn."""
+    yield "sizes", map(size_row, a.config)
     if a.infer:
-        yield f"\n{INFERENCE_HEADER}"
-        for config, seconds in itertools.product(a.config, a.seconds):
-            yield inference_row(config, seconds, device, a.repeats)
+        cases = itertools.product(a.config, a.seconds)
+        yield "inference", (inference_row(*case, device, a.repeats) for case in cases)
     if a.memory:
-        yield f"\n{MEMORY_HEADER}"
-        for config, minutes, chunk in itertools.product(a.config, a.minutes, a.chunk_frames):
-            yield memory_row(config, minutes, chunk, device)
+        cases = itertools.product(a.config, a.minutes, a.chunk_frames)
+        yield "memory", (memory_row(*case, device) for case in cases)
     if a.train:
-        yield f"\n{TRAINING_HEADER}"
-        for config, batch_size in itertools.product(a.config, a.batch_size):
-            yield from training_rows(config, batch_size, device, a.repeats)
+        cases = itertools.product(a.config, a.batch_size)
+        rows = (training_rows(*case, device, a.repeats) for case in cases)
+        yield "training", itertools.chain.from_iterable(rows)
+
+
+def show(rows: Iterator[Row]) -> list[Row]:
+    """Prints rows in markdown as they come, and returns them."""
+    shown = []
+    for row in rows:
+        if not shown:
+            print(f"| {' | '.join(row)} |\n{'|---' * len(row)}|")
+        print(f"| {' | '.join(map(cell, row.values()))} |", flush=True)
+        shown.append(row)
+    return shown
+
+
+def cell(value: str | int | float | Spread) -> str:
+    """A value as a reader wants it: three digits, ranges in brackets."""
+    if isinstance(value, Spread):
+        low, median, high = map(cell, value)
+        return f"{median} ({low} to {high})"
+    if isinstance(value, float):
+        return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def main() -> None:
@@ -311,12 +335,18 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=positive, default=5, help="timed turns of each")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
+    parser.add_argument("--output", metavar="JSON", help="file for all figures")
     a = parser.parse_args()
     device = select_device(a.device)
     torch.backends.cudnn.benchmark = a.train  # as in train.py; inference has lengths of all kinds
-    print(f"{describe_machine(device)}\n")
-    for row in rows(a, device):
-        print(row, flush=True)
+    results = {"machine": machine(device)}
+    print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
+    for name, rows in tables(a, device):
+        print()
+        results[name] = show(rows)
+    if a.output:
+        with replacing(a.output) as temporary:
+            temporary.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,37 @@
 """What the person watching a run sees: the terminal and TensorBoard."""
 
+import multiprocessing
+import os
+import signal
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from env import mean_over_processes, rank, world_size
+from env import Config, mean_over_processes, rank, world_size
 from meldataset import MelDataset, audio_seconds
 from state import State
 from utils import plot_spectrogram, say
 
 DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
 
+METRICS_PATIENCE = 120  # seconds that the end of a run waits for its last metrics
+
 
 class Monitor:
     """What the person watching sees: a bar or lines on the terminal, and TensorBoard.
 
-    Every process calls it, the first one shows.
+    Every process calls it, the first one shows. With `eval_metrics`, PESQ and its like of the
+    clips that are shown too.
     """
 
-    def __init__(self, state: State, folder: Path, last_step: int):
+    def __init__(self, state: State, folder: Path, last_step: int, eval_metrics: bool):
         self.h = state.h
         self.steps, self.time = state.steps, time.monotonic()
         self.steps_per_second = 0.0
@@ -38,9 +46,11 @@ class Monitor:
         # What a killed run has logged after its last checkpoint will come again.
         purge_step = state.steps + 1
         self.writer = SummaryWriter(folder / "logs", purge_step=purge_step) if is_first else None
+        self.metrics = BackgroundMetrics(self.h) if eval_metrics and is_first else None
 
     def progress(self, state: State, losses: dict[str, torch.Tensor]) -> None:
         """News for the bar, or a line of text where there is none. Waits for the device."""
+        self._write_metrics()
         names = ("gen_loss_total", "disc_loss_total", "mel_spec_error")
         means = mean_over_processes(torch.stack([losses[name] for name in names]))
         generator, discriminator, mel_error = means.tolist()
@@ -92,6 +102,8 @@ class Monitor:
         if index not in self.shown:
             kinds["gt/y"] = real
             self.shown.add(index)
+        if self.metrics is not None:
+            self.metrics.submit(steps, real[0], generated[0])
         rate = self.h.sampling_rate
         for tag, (wav, mel) in kinds.items():
             picture = plot_spectrogram(mel.cpu().numpy(), self.h.hop_size / rate)
@@ -101,8 +113,70 @@ class Monitor:
     def close(self) -> None:
         """Ends the bar and writes what TensorBoard still waits for."""
         self.bar.close()
+        self._write_metrics(patience=METRICS_PATIENCE)
+        if self.metrics is not None:
+            self.metrics.close()
         if self.writer is not None:
             self.writer.close()
+
+    def _write_metrics(self, patience: float = 0) -> None:
+        """Writes the metrics that have been measured by now, or in `patience` seconds."""
+        if self.metrics is None:
+            return
+        for steps, means in self.metrics.finished(patience):
+            for name, value in means.items():
+                self.writer.add_scalar(f"validation/{name}", value, steps)
+            text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            say(f"Steps : {steps}, Validation metrics : {text}")
+            self.writer.flush()
+
+
+class BackgroundMetrics:
+    """evaluate.py's metrics of validation clips, in a process of its own: training does not wait.
+
+    A validation that comes before the last one is measured is passed over.
+    """
+
+    def __init__(self, h: Config):
+        self.h = h
+        spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_step_back)
+        self.steps, self.futures = 0, []  # of the validation that is being measured
+
+    def submit(self, steps: int, wav: torch.Tensor, wav_hat: torch.Tensor) -> None:
+        """Takes a clip of the validation at `steps`: waveforms [1, N]."""
+        if self.futures and steps != self.steps:
+            return
+        self.steps = steps
+        wavs = (each[0].float().cpu().numpy() for each in (wav, wav_hat))
+        self.futures.append(self.pool.submit(_evaluate, *wavs, self.h))
+
+    def finished(self, patience: float) -> list[tuple[int, dict[str, float]]]:
+        """[(steps, the means over clips by name)] once all clips are measured; before, nothing."""
+        if not self.futures or wait(self.futures, timeout=patience).not_done:
+            return []
+        values = [future.result() for future in self.futures if future.exception() is None]
+        self.futures: list[Future] = []
+        names = dict.fromkeys(name for each in values for name in each)
+        columns = {name: [v[name] for v in values if v.get(name) is not None] for name in names}
+        return [(self.steps, {name: float(np.mean(c)) for name, c in columns.items() if c})]
+
+    def close(self) -> None:
+        """Drops what is not measured yet."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _step_back() -> None:
+    """Leaves the machine to training, and Ctrl-C to the parent."""
+    os.nice(10)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _evaluate(wav: np.ndarray, wav_hat: np.ndarray, h: Config) -> dict[str, float | None]:
+    from evaluate import evaluate_pair
+
+    return evaluate_pair(torch.from_numpy(wav), torch.from_numpy(wav_hat), h)
 
 
 def gradient_norm(module: nn.Module) -> torch.Tensor:

@@ -237,7 +237,7 @@ def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelD
         return 0
     request, batches = StopRequest(), iter(make_loader(clips, state))
     status, error, saved_step = 0, None, state.steps
-    with contextlib.closing(Monitor(state, folder, last_step)) as monitor:
+    with contextlib.closing(Monitor(state, folder, last_step, a.eval_metrics)) as monitor:
         while state.steps < last_step:
             batch, error = fetch(batches)
             status = max_over_processes(BAD_DATA if error else request.status)
@@ -319,6 +319,12 @@ def parse_arguments() -> argparse.Namespace:
         ("keep_checkpoints", 3, "of do_* the newest N stay; every g_* stays"),
     ):
         length.add_argument(f"--{flag}", type=positive, default=default, metavar="N", help=meaning)
+    length.add_argument(
+        "--eval_metrics",
+        action="store_true",
+        help=f"at each validation also PESQ, STOI and what else evaluate.py measures, of the first "
+        f"{SHOWN_CLIPS} clips, in the background",
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
     machine.add_argument(

@@ -1,5 +1,7 @@
 """The benchmark's tables."""
 
+import json
+
 import pytest
 
 import benchmark
@@ -50,8 +52,27 @@ def test_inference_is_timed_beside_plain_hifigan(tmp_path, capsys):
 def test_memory_is_measured_whole_and_in_chunks(tmp_path, capsys):
     config = write_config(tmp_path / "toy.json")
     flags = ("--memory", "--minutes", 1, "--chunk_frames", 0, 64, "--device", "cpu")
-    run_main(benchmark, "--config", config, *flags)
+    run_main(benchmark, "--config", config, *flags, "--output", tmp_path / "results.json")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[2] for row in rows] == ["whole", "64"]
     whole, chunked = (float(row[3].replace(",", "")) for row in rows)
     assert 100 < chunked < whole
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["peak MB"] for row in results["memory"]] == [whole, chunked]
+    assert {"device", "PyTorch", "commit"} <= results["machine"].keys()
+    assert results["sizes"][0]["config"] == str(config)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1234567, "1,234,567"),
+        (0.012345, "0.0123"),
+        (1.2345, "1.23"),
+        (41.69, "41.7"),
+        (1234.5, "1234"),
+        (benchmark.Spread(0.5, 1.0, 20.0), "1.00 (0.500 to 20.0)"),
+    ],
+)
+def test_figures_have_three_digits(value, text):
+    assert benchmark.cell(value) == text

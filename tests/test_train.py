@@ -505,6 +505,20 @@ def test_tensorboard_is_purged_back_to_the_checkpoint(run):
     assert {"gt/y_spec_0", "generated/y_hat_spec_1"} <= set(tags["images"])
 
 
+def test_eval_metrics_are_measured_beside_training(run, capsys):
+    """The second validation comes while the first is measured, and is passed over."""
+    run(2, "--validation_interval", 1, "--eval_metrics")
+    events = EventAccumulator(str(run.folder / "logs"))
+    events.Reload()
+    for tag in ("validation/mel_l1", "validation/stoi", "validation/periodicity_rmse"):
+        (event,) = events.Scalars(tag)
+        assert event.step == 1
+        assert np.isfinite(event.value)
+    assert "Steps : 1, Validation metrics : mel_l1 " in capsys.readouterr().out
+    (mel_error, _) = events.Scalars("validation/mel_spec_error")
+    assert events.Scalars("validation/mel_l1")[0].value == pytest.approx(mel_error.value, rel=1e-2)
+
+
 def test_fine_tuning(run, corpus, tmp_path):
     """From the mels that meldataset.py writes, one of them with Tacotron 2's extra frame."""
     mels = tmp_path / "ft_dataset"

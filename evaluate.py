@@ -1,0 +1,754 @@
+"""Measures generated speech against the recordings that it was made from.
+
+    python evaluate.py --reference_dir LJSpeech-1.1/wavs --generated_dir generated_files \\
+        --output results.json --plot pictures
+
+From Python, on waveforms [N] at h.sampling_rate:
+
+    from evaluate import evaluate_pair
+    values = evaluate_pair(wav, wav_hat, h)    # {"mel_l1": 0.31, ..., "pesq_wb": None, ...}
+
+METRICS, below, says what each number is; `--help` prints it. The libraries are those of
+requirements-dev.txt, imported where they are used: a metric whose library is missing is left out.
+"""
+
+import argparse
+import functools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import librosa
+import numpy as np
+import scipy.stats
+import soundfile
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from env import Config, UserError, load_config
+from meldataset import AUDIO_EXTENSIONS, LogMelSpectrogram, load_wav
+from utils import PICTURED_LOG_MELS, command_line, positive, replacing
+
+SIDES = ("reference", "generated")
+ENDINGS = ("_generated", "_generated_e2e")  # what the inference scripts add to a name
+NAMED_FILES = 5  # of those without a partner are named on the terminal
+
+SILENT_PEAK = 2**-15  # less than the smallest step of 16-bit audio
+PESQ_RATE, STOI_RATE = 16000, 10000  # Hz, at which they are defined
+PESQ_SECONDS = 20  # beyond 50 utterances, which takes more, pesq 0.0.4 crashes the process
+MCD_ORDER = 24  # Kominek, Schultz, Black 2008
+F0_RANGE = (65, 500)  # Hz, of speech
+F0_PERIODS = 4  # of the lowest pitch in a frame of pYIN
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999  # of the bootstrap
+SEED = 0  # of the bootstrap, and of the noise that pystoi adds
+
+PICTURED_DIFFERENCE = 3.0  # of log-mels, either way
+
+# ----------------------------------------------------------------------------------- the metrics
+
+
+class Pitch(NamedTuple):
+    """What pYIN hears, in frames [N // hop_size + 1]."""
+
+    f0: np.ndarray  # Hz, NaN where unvoiced
+    voiced: np.ndarray  # bool
+    periodicity: np.ndarray  # the probability that the frame is voiced, 0 to 1
+
+
+class Pair:
+    """A reference and a generated waveform, and what several metrics need of them, computed once.
+
+    Both are [N] at h.sampling_rate, on any device; the longer one is cut to the length of the
+    other.
+
+    Raises:
+        ValueError: a waveform of another shape.
+    """
+
+    def __init__(self, reference: torch.Tensor, generated: torch.Tensor, h: Config):
+        for wav in (reference, generated):
+            if wav.dim() != 1:
+                raise ValueError(f"waveform of shape {list(wav.shape)}: expected [N]")
+        samples = min(len(reference), len(generated))
+        self.wavs = tuple(wav[:samples].detach().float().cpu() for wav in (reference, generated))
+        self.h = h
+
+    @cached_property
+    def mels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-mels [num_mels, T] that the mel loss sees."""
+        log_mel = LogMelSpectrogram(self.h, self.h.fmax_for_loss)
+        return tuple(log_mel(wav.unsqueeze(0))[0] for wav in self.wavs)
+
+    @cached_property
+    def pitches(self) -> tuple[Pitch, Pitch]:
+        """The fundamental frequencies: librosa's pYIN."""
+        return tuple(
+            Pitch(
+                *librosa.pyin(
+                    wav.numpy(),
+                    fmin=F0_RANGE[0],
+                    fmax=F0_RANGE[1],
+                    sr=self.h.sampling_rate,
+                    frame_length=math.ceil(F0_PERIODS * self.h.sampling_rate / F0_RANGE[0]),
+                    hop_length=self.h.hop_size,
+                )
+            )
+            for wav in self.wavs
+        )
+
+    def at(self, sampling_rate: int) -> tuple[np.ndarray, np.ndarray]:
+        """Both waveforms, resampled with soxr."""
+        return tuple(
+            librosa.resample(
+                wav.numpy(),
+                orig_sr=self.h.sampling_rate,
+                target_sr=sampling_rate,
+                res_type="soxr_hq",
+            )
+            for wav in self.wavs
+        )
+
+    def check_sound(self, *names: str) -> None:
+        """Raises ValueError where the "reference" or "generated", of `names`, has no sound."""
+        for name, wav in zip(SIDES, self.wavs, strict=True):
+            if name in names and not SILENT_PEAK <= wav.abs().max() < math.inf:
+                raise ValueError(f"the {name} waveform is silent or not finite")
+
+
+def _mel_l1(pair: Pair) -> float:
+    mel, mel_hat = pair.mels
+    return F.l1_loss(mel_hat, mel).item()
+
+
+def _mr_stft(pair: Pair) -> float:
+    from auraloss.freq import MultiResolutionSTFTLoss
+
+    pair.check_sound("reference")  # by whose energy spectral convergence divides
+    wav, wav_hat = (wav.reshape(1, 1, -1) for wav in pair.wavs)
+    return MultiResolutionSTFTLoss()(wav_hat, wav).item()
+
+
+def _mcd(pair: Pair) -> float:
+    from mel_cepstral_distance import compare_mel_spectrograms
+
+    bels = [mel.T.double().numpy() * (2 / math.log(10)) for mel in pair.mels]
+    num_mels = pair.h.num_mels
+    # Row 0 of the package is coefficient 1: its default, s=1, would leave out the tilt of the
+    # spectrum. The level, coefficient 0, it never computes.
+    distance, _ = compare_mel_spectrograms(*bels, s=0, D=min(MCD_ORDER, num_mels), aligning="pad")
+    # From sums over bands in bel to a root mean square over bands in dB (Parseval). That equals
+    # the usual 10 sqrt(2) / ln(10) times a distance of coefficients of the natural log spectrum.
+    return 10 * math.sqrt(2) / num_mels * distance
+
+
+def _pesq_wb(pair: Pair) -> float:
+    import pesq
+
+    pair.check_sound("reference", "generated")
+    seconds = len(pair.wavs[0]) / pair.h.sampling_rate
+    if seconds > PESQ_SECONDS:
+        raise ValueError(f"{seconds:.1f} s are more than the {PESQ_SECONDS} s that pesq can take")
+    try:
+        return pesq.pesq(PESQ_RATE, *pair.at(PESQ_RATE), mode="wb")
+    except pesq.PesqError as error:
+        raise ValueError(error.args[0].decode()) from None
+
+
+def _stoi(pair: Pair, extended: bool = False) -> float:
+    import pystoi
+
+    pair.check_sound("reference")
+    with warnings.catch_warnings(), _seeded():
+        # pystoi warns, and returns 1e-5, which would count as a value.
+        warnings.filterwarnings("error", message="Not enough STFT frames")
+        try:
+            return pystoi.stoi(*pair.at(STOI_RATE), STOI_RATE, extended=extended)
+        except RuntimeWarning:
+            raise ValueError("STOI needs at least 0.4 s that are not silent") from None
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """NumPy's global random numbers are the same each time inside, and as before afterwards."""
+    state = np.random.get_state()
+    np.random.seed(SEED)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+def _f0_rmse(pair: Pair) -> float:
+    pitch, pitch_hat = pair.pitches
+    both = pitch.voiced & pitch_hat.voiced
+    if not both.any():
+        raise ValueError("no frame is voiced in both files")
+    cents = 1200 * np.log2(pitch_hat.f0[both] / pitch.f0[both])
+    return _root_mean_square(cents)
+
+
+def _vuv_f1(pair: Pair) -> float:
+    voiced, voiced_hat = (pitch.voiced for pitch in pair.pitches)
+    if not (voiced | voiced_hat).any():
+        raise ValueError("no frame is voiced in either file")
+    return 2 * np.sum(voiced & voiced_hat) / (np.sum(voiced) + np.sum(voiced_hat))
+
+
+def _periodicity_rmse(pair: Pair) -> float:
+    periodicity, periodicity_hat = (pitch.periodicity for pitch in pair.pitches)
+    return _root_mean_square(periodicity_hat - periodicity)
+
+
+def _root_mean_square(values: np.ndarray) -> float:
+    return math.sqrt(np.mean(np.square(values)))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number for a pair, and what a reader must know of it.
+
+    `function` raises ImportError where the library is missing, and any other error where the pair
+    has no such number.
+    """
+
+    name: str
+    unit: str
+    better: str  # "higher" or "lower"
+    library: str  # as pip knows it
+    description: str
+    function: Callable[[Pair], float]
+
+
+METRICS = (
+    Metric(
+        "mel_l1",
+        unit="Np",
+        better="lower",
+        library="torch",
+        description="Mean absolute difference of log-mels (natural logarithm of magnitudes, up to "
+        "the config's fmax_for_loss): the error that training shows and minimises.",
+        function=_mel_l1,
+    ),
+    Metric(
+        "mr_stft",
+        unit="none",
+        better="lower",
+        library="auraloss",
+        description="Multi-resolution STFT: relative error of magnitudes (spectral convergence) "
+        "plus mean absolute difference of their natural logarithms, mean over FFTs of 512, 1024 "
+        "and 2048 samples with hops of 50, 120 and 240 (Yamamoto et al. 2020).",
+        function=_mr_stft,
+    ),
+    Metric(
+        "mcd",
+        unit="dB",
+        better="lower",
+        library="mel-cepstral-distance",
+        description=f"Mel-cepstral distance: root mean square over the mel scale of the difference "
+        f"of spectra smoothed to coefficients 1 to {MCD_ORDER}, mean over frames. From the same "
+        "log-mels as mel_l1, frame by frame, without time warping.",
+        function=_mcd,
+    ),
+    Metric(
+        "pesq_wb",
+        unit="MOS-LQO",
+        better="higher",
+        library="pesq",
+        description=f"Wide-band PESQ (ITU-T P.862.2) at 16 kHz: predicted opinion, 1.0 to 4.64. "
+        f"For files of 0.25 to {PESQ_SECONDS} s.",
+        function=_pesq_wb,
+    ),
+    Metric(
+        "stoi",
+        unit="correlation",
+        better="higher",
+        library="pystoi",
+        description="Short-time objective intelligibility (Taal et al. 2011) at 10 kHz: "
+        "correlation of the envelopes of third-octave bands, up to 1.",
+        function=_stoi,
+    ),
+    Metric(
+        "estoi",
+        unit="correlation",
+        better="higher",
+        library="pystoi",
+        description="Extended STOI (Jensen, Taal 2016) at 10 kHz: spectra and envelopes "
+        "normalised, which makes it the stricter one; up to 1.",
+        function=partial(_stoi, extended=True),
+    ),
+    Metric(
+        "f0_rmse",
+        unit="cents",
+        better="lower",
+        library="librosa",
+        description=f"Root mean square error of the fundamental frequency, over frames voiced in "
+        f"both files. pYIN, {F0_RANGE[0]} to {F0_RANGE[1]} Hz in steps of 10 cents, a frame each "
+        "hop_size.",
+        function=_f0_rmse,
+    ),
+    Metric(
+        "vuv_f1",
+        unit="0 to 1",
+        better="higher",
+        library="librosa",
+        description="F1 score of the decision that a frame is voiced (pYIN, as above): the "
+        "harmonic mean of precision and recall.",
+        function=_vuv_f1,
+    ),
+    Metric(
+        "periodicity_rmse",
+        unit="probability",
+        better="lower",
+        library="librosa",
+        description="Root mean square error of the probability that a frame is voiced (pYIN, as "
+        "above), over all frames; after Morrison et al. 2022.",
+        function=_periodicity_rmse,
+    ),
+)
+
+
+@dataclass
+class Measurement:
+    """What came of a pair, by the names of metrics."""
+
+    values: dict[str, float | None] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # for each value that is None
+    missing: dict[str, str] = field(default_factory=dict)  # what could not be imported
+
+
+@torch.no_grad()
+def measure(pair: Pair) -> Measurement:
+    """Every metric of `pair`; what fails has a reason, never a made-up value."""
+    measurement = Measurement()
+    for metric in METRICS:
+        try:
+            value = float(metric.function(pair))
+            if not math.isfinite(value):
+                raise ValueError(f"it came to {value}")
+            measurement.values[metric.name] = value
+        except ImportError as error:
+            measurement.missing[metric.name] = str(error)
+        except Exception as error:  # the libraries fail in a dozen ways
+            measurement.values[metric.name] = None
+            measurement.reasons[metric.name] = " ".join(str(error).split()) or repr(error)
+    return measurement
+
+
+def evaluate_pair(
+    reference: torch.Tensor, generated: torch.Tensor, h: Config
+) -> dict[str, float | None]:
+    """The metrics of waveforms [N] at h.sampling_rate, by name; the longer one is cut.
+
+    None where a pair has no such number, as PESQ of silence. Metrics whose library is missing are
+    left out, and named on standard error, once.
+
+    Raises:
+        ValueError: a waveform of another shape.
+    """
+    measurement = measure(Pair(reference, generated, h))
+    for name, reason in measurement.missing.items():
+        name_missing(name, reason)
+    return measurement.values
+
+
+@functools.cache  # once a process
+def name_missing(name: str, reason: str) -> None:
+    """Says on standard error that a metric is left out."""
+    (library,) = (metric.library for metric in METRICS if metric.name == name)
+    tqdm.write(
+        f"{name}: left out, it needs {library} ({reason}); pip install -r requirements-dev.txt",
+        file=sys.stderr,
+    )
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+class FilePair(NamedTuple):
+    """Two files of one name, which is relative to their folders and has no extension."""
+
+    name: str
+    reference: Path
+    generated: Path
+
+
+@dataclass(kw_only=True)
+class FileResult(Measurement):
+    """A Measurement of two files, or the error that stopped it.
+
+    Dictionaries are of "reference" and "generated".
+    """
+
+    name: str
+    paths: dict[str, str]
+    error: str = ""
+    sampling_rates: dict[str, int] = field(default_factory=dict)  # Hz, of the files
+    samples: int = 0  # that were compared, at h.sampling_rate
+    cut_samples: dict[str, int] = field(default_factory=dict)  # off the end, at h.sampling_rate
+
+
+def pair_files(
+    reference_dir: str | Path, generated_dir: str | Path
+) -> tuple[list[FilePair], list[str], list[str]]:
+    """Pairs the audio files of two folders, in depth, by name: `a/b.flac` and `a/b_generated.wav`.
+
+    Returns:
+        The pairs, and the references and the generated files without a partner.
+
+    Raises:
+        UserError: no such folder, no pair, or more than one file for one name.
+    """
+    folders = Path(reference_dir), Path(generated_dir)
+    if folders[0].resolve() == folders[1].resolve():
+        raise UserError(f"{generated_dir}: reference and generated files in one folder; use two")
+    references, generated = _by_name(*folders), _by_name(*reversed(folders))
+    pairs = []
+    for name, path in references.items():
+        names = [name, *(name + end for end in ENDINGS if name + end not in references)]
+        found = [generated[each] for each in names if each in generated]
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1]} are both named after {path}; keep one")
+        pairs += [FilePair(name, path, each) for each in found]
+    if not pairs:
+        raise UserError(
+            f"{generated_dir}: no audio file is named as one in {reference_dir}; expected <name>"
+            f"{', '.join(('', *(f' or <name>{end}' for end in ENDINGS)))} in the same subfolder"
+        )
+    left = [set(references.values()), set(generated.values())]
+    for pair in pairs:
+        left[0].remove(pair.reference)
+        left[1].remove(pair.generated)
+    return pairs, *(sorted(map(str, paths)) for paths in left)
+
+
+def _by_name(folder: Path, other: Path) -> dict[str, Path]:
+    """The audio files of `folder`, but for those of an `other` inside it, by name."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    other = other.resolve()
+    holds_other = other.is_relative_to(folder.resolve())
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in AUDIO_EXTENSIONS or not path.is_file():
+            continue
+        if holds_other and path.resolve().is_relative_to(other):
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in files:
+            raise UserError(f"{files[name]} and {path} have one name; keep one")
+        files[name] = path
+    return files
+
+
+def measure_files(files: FilePair, h: Config, plot_dir: Path | None) -> FileResult:
+    """Compares two files; with `plot_dir`, pictures them to `<plot_dir>/<name>.png`."""
+    paths = {side: getattr(files, side) for side in SIDES}
+    result = FileResult(name=files.name, paths={side: str(path) for side, path in paths.items()})
+    try:
+        wavs = {
+            side: load_wav(path, h.sampling_rate, min_samples=h.hop_size)
+            for side, path in paths.items()
+        }
+    except UserError as error:
+        return replace(result, error=str(error))
+    pair = Pair(**wavs, h=h)
+    if plot_dir is not None:
+        with replacing(plot_dir / f"{files.name}.png") as temporary:
+            picture(pair).savefig(temporary, format="png")
+    samples = len(pair.wavs[0])
+    return replace(
+        result,
+        **vars(measure(pair)),
+        sampling_rates={side: soundfile.info(path).samplerate for side, path in paths.items()},
+        samples=samples,
+        cut_samples={side: len(wav) - samples for side, wav in wavs.items()},
+    )
+
+
+def picture(pair: Pair) -> Figure:
+    """Both log-mels, the generated one less the reference, and the fundamental frequencies."""
+    hop_seconds = pair.h.hop_size / pair.h.sampling_rate
+    mel, mel_hat = (mel.numpy() for mel in pair.mels)
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    *mel_axes, pitch_axes = figure.subplots(4, sharex=True)
+    low, high = PICTURED_LOG_MELS
+    for axes, title, image, colours in (
+        (mel_axes[0], "reference", mel, {"vmin": low, "vmax": high}),
+        (mel_axes[1], "generated", mel_hat, {"vmin": low, "vmax": high}),
+        (
+            mel_axes[2],
+            "generated - reference",
+            mel_hat - mel,
+            {"cmap": "RdBu_r", "vmin": -PICTURED_DIFFERENCE, "vmax": PICTURED_DIFFERENCE},
+        ),
+    ):
+        extent = (0, image.shape[1] * hop_seconds, 0, image.shape[0])
+        shown = axes.imshow(image, aspect="auto", origin="lower", extent=extent, **colours)
+        axes.set(title=title, ylabel="mel band")
+        figure.colorbar(shown, ax=axes, label="log magnitude")
+    try:
+        pitches = pair.pitches
+    except Exception:  # three metrics have said why
+        pitches = ()
+    for label, pitch in zip(SIDES, pitches, strict=False):
+        pitch_axes.plot(np.arange(len(pitch.f0)) * hop_seconds, pitch.f0, label=label)
+    pitch_axes.set(title="fundamental frequency", xlabel="time (s)", ylabel="Hz")
+    pitch_axes.legend(*pitch_axes.get_legend_handles_labels(), loc="upper right")
+    return figure
+
+
+def measure_all(
+    pairs: list[FilePair], h: Config, plot_dir: Path | None, workers: int
+) -> Iterator[FileResult]:
+    """Yields the results of `pairs` in their order, whatever the number of processes."""
+    work = partial(measure_files, h=h, plot_dir=plot_dir)
+    if min(workers, len(pairs)) == 1:
+        torch.set_num_threads(1)
+        yield from map(work, pairs)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's threads: the workers inherit it
+    pool = ProcessPoolExecutor(
+        min(workers, len(pairs)), multiprocessing.get_context("spawn"), _prepare_worker
+    )
+    try:
+        yield from pool.map(work, pairs)
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker was killed, for memory perhaps; try fewer --workers, 1 to see which file"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+
+
+# ------------------------------------------------------------------------------------ the report
+
+
+def summarize(values: list[float]) -> dict:
+    """Mean, its percentile bootstrap interval (None for fewer than two values) and count."""
+    mean = float(np.mean(values)) if values else None
+    if len(values) < 2:
+        return {"mean": mean, "interval": None, "n": len(values)}
+    interval = scipy.stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=100,  # memory: thousands of files, thousands of resamples
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return {"mean": mean, "interval": [float(end) for end in interval], "n": len(values)}
+
+
+def build_report(
+    results: list[FileResult], h: Config, unpaired: tuple[list[str], list[str]]
+) -> dict:
+    """Everything that was found, for JSON."""
+    measured = [result for result in results if not result.error]
+    missing = {name: reason for result in measured for name, reason in result.missing.items()}
+    report = {"config": asdict(h), "versions": _versions(), "confidence": CONFIDENCE}
+    report["metrics"] = {}
+    for metric in METRICS:
+        if metric.name in missing:
+            continue
+        facts = {key: value for key, value in vars(metric).items() if key != "function"}
+        values = (result.values[metric.name] for result in measured)
+        summary = summarize([value for value in values if value is not None])
+        report["metrics"][metric.name] = facts | summary
+    report["missing"] = missing
+    report["files"] = [_without(asdict(result), "error", "missing") for result in measured]
+    report["skipped"] = [
+        {"name": result.name, "error": result.error} for result in results if result.error
+    ]
+    report["unpaired"] = dict(zip(SIDES, unpaired, strict=True))
+    return report
+
+
+def _without(values: dict, *keys: str) -> dict:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for library in sorted({"numpy", "scipy", "soxr", *(metric.library for metric in METRICS)}):
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            versions[library] = "not installed"
+    return versions
+
+
+def mean_table(report: dict) -> str:
+    """The means, in markdown."""
+    rows = [f"| metric | unit | mean | {CONFIDENCE:.0%} interval | n |", "|---|---|---|---|---|"]
+    for name, facts in report["metrics"].items():
+        low_high = [_cell(end) for end in facts["interval"] or (None,)]
+        rows.append(
+            f"| {name} {_arrow(facts)} | {facts['unit']} | {_cell(facts['mean'])} | "
+            f"{' to '.join(low_high)} | {facts['n']} |"
+        )
+    return "\n".join(rows)
+
+
+def file_table(report: dict) -> str:
+    """The value of each file, in markdown."""
+    metrics = report["metrics"]
+    head = ["file", *(f"{name} {_arrow(facts)}" for name, facts in metrics.items())]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for result in report["files"]:
+        cells = [_cell(result["values"][name]) for name in metrics]
+        rows.append(f"| {' | '.join([result['name'], *cells])} |")
+    return "\n".join(rows)
+
+
+def _arrow(facts: dict) -> str:
+    return {"higher": "↑", "lower": "↓"}[facts["better"]]
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:#.4g}"
+
+
+def name_unpaired(folder: str, names: list[str]) -> None:
+    """Says on standard error how many files of `folder` have no partner, and which."""
+    if names:
+        more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
+        listed = ", ".join(names[:NAMED_FILES])
+        print(f"{folder}: without a partner {len(names)}: {listed}{more}", file=sys.stderr)
+
+
+def name_troubles(result: FileResult, h: Config) -> None:
+    """Says on standard error what is amiss with a pair, and which metrics are missing."""
+    lines = [f"skipped: {result.error}"] if result.error else []
+    for side, cut in result.cut_samples.items():
+        if cut > h.n_fft:
+            path = result.paths[side]
+            lines.append(f"{path}: its last {cut} samples were cut off; its partner is shorter")
+    lines += [f"{result.name}: no {name} ({reason})" for name, reason in result.reasons.items()]
+    for line in lines:
+        tqdm.write(line, file=sys.stderr)
+    for name, reason in result.missing.items():
+        name_missing(name, reason)
+
+
+def describe_files(report: dict, h: Config) -> str:
+    """What was done to the files before they were compared."""
+    files = report["files"]
+    cuts = [max(result["cut_samples"].values()) for result in files]
+    rates = [set(result["sampling_rates"].values()) for result in files]
+    resampled = sum(each != {h.sampling_rate} for each in rates)
+    skipped = len(report["skipped"])
+    return (
+        f"{len(files)} pairs at {h.sampling_rate} Hz"
+        + (f", {resampled} of them resampled to it" if resampled else "")
+        + (f", {sum(cut > 0 for cut in cuts)} cut to the shorter" if any(cuts) else "")
+        + (f" by at most {max(cuts)} samples" if any(cuts) else "")
+        + (f", {skipped} skipped" if skipped else "")
+    )
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the table of metrics as it is."""
+
+
+def metrics_help() -> str:
+    """METRICS in words."""
+    lines = ["metrics:"]
+    for metric in METRICS:
+        lines.append(
+            f"  {metric.name} (unit: {metric.unit}; {metric.better} is better; "
+            f"library: {metric.library})"
+        )
+        lines.append(textwrap.indent(textwrap.fill(metric.description, 92), "      "))
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Compares generated speech with recordings, file by file, and prints the mean "
+        f"of each metric\nwith its {CONFIDENCE:.0%} interval (percentile bootstrap over files, "
+        f"{RESAMPLES} resamples).",
+        epilog=f"{metrics_help()}\n\nExample: python evaluate.py --reference_dir test_files "
+        "--generated_dir generated_files --output results.json",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--reference_dir", required=True, help="recordings, in depth")
+    parser.add_argument(
+        "--generated_dir",
+        required=True,
+        help="their generated partners: <name>, <name>_generated or <name>_generated_e2e, of any "
+        "audio format, in the same subfolder",
+    )
+    parser.add_argument(
+        "--config",
+        default=Path(__file__).with_name("config_v1.json"),
+        help="JSON config whose sampling_rate and mel are used",
+    )
+    parser.add_argument("--output", metavar="JSON", help="file for everything that was found")
+    parser.add_argument(
+        "--plot", type=Path, metavar="DIR", help="folder for a picture of each pair"
+    )
+    parser.add_argument("--per_file", action="store_true", help="print the values of each file too")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=os.cpu_count() or 1,
+        help="processes; results stay equal",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Prints a table in markdown; returns 1 where a file had to be skipped."""
+    a = parse_arguments()
+    sys.stdout.reconfigure(errors="replace")  # a terminal without arrows shall not end the run
+    h = load_config(a.config)
+    pairs, *unpaired = pair_files(a.reference_dir, a.generated_dir)
+    for folder, names in zip((a.reference_dir, a.generated_dir), unpaired, strict=True):
+        name_unpaired(folder, names)
+    results = []
+    work = measure_all(pairs, h, a.plot, a.workers)
+    for result in tqdm(work, total=len(pairs), unit="file", disable=None):
+        name_troubles(result, h)
+        results.append(result)
+    report = build_report(results, h, unpaired)
+    print(describe_files(report, h), file=sys.stderr)
+    if a.per_file:
+        print(f"{file_table(report)}\n")
+    print(mean_table(report))
+    if a.output:
+        with replacing(a.output) as temporary:
+            temporary.write_text(json.dumps(report, indent=2, allow_nan=False), encoding="utf-8")
+    return 1 if report["skipped"] else 0
+
+
+if __name__ == "__main__":
+    command_line(main)
