@@ -12,6 +12,8 @@ from pathlib import Path
 import librosa
 import matplotlib.image
 import numpy as np
+import pesq
+import pystoi
 import pytest
 import scipy.fft
 import scipy.signal
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 
 import evaluate
 from env import Config, UserError, load_config
-from evaluate import METRICS, Pair, Pitch, evaluate_pair, pair_files, summarize
+from evaluate import METRICS, Pair, Pitch, evaluate_pair, measure, pair_files, summarize
 from meldataset import LogMelSpectrogram
 from tests.conftest import ROOT, run_main, speech_like
 
@@ -137,6 +139,28 @@ def test_mcd_is_the_difference_of_smoothed_spectra_in_decibels():
     assert value("mcd", wav, wav_hat) == pytest.approx(expected, rel=1e-6)
 
 
+def test_hearing_metrics_are_the_libraries_own_at_the_rates_they_are_defined_for():
+    wav = speech_like(SECONDS)
+    noisy = spoil(wav, "noise", 0.01).astype(np.float32)
+
+    def expected(reference: np.ndarray, generated: np.ndarray) -> dict[str, float]:
+        at_16k, at_10k = (
+            [librosa.resample(x, orig_sr=RATE, target_sr=rate) for x in (reference, generated)]
+            for rate in (16000, 10000)
+        )
+        return {
+            "pesq_wb": pesq.pesq(16000, *at_16k, mode="wb"),
+            "stoi": pystoi.stoi(*at_10k, 10000),
+            "estoi": pystoi.stoi(*at_10k, 10000, extended=True),
+        }
+
+    forward, backward = expected(wav, noisy), expected(noisy, wav)
+    for name, number in forward.items():
+        assert value(name, wav, noisy) == pytest.approx(number, rel=1e-6), name
+        assert number != pytest.approx(backward[name], rel=1e-3)  # the reference comes first
+    assert forward["estoi"] < forward["stoi"] - 0.1
+
+
 def test_level_is_heard_by_the_mel_but_not_by_mcd():
     louder = scores("level", -1)
     assert louder["mel_l1"] == pytest.approx(math.log(2), abs=0.01)
@@ -197,6 +221,12 @@ def test_what_cannot_be_measured_is_none():
     wav = torch.from_numpy(speech_like(0.5))
     for generated in (torch.full_like(wav, math.nan), torch.zeros(0)):
         assert set(evaluate_pair(wav, generated, h).values()) == {None}
+    for number in (math.nan, math.inf):  # in one sample; they must not reach pesq's C code
+        broken = wav.clone()
+        broken[100] = number
+        reasons = measure(Pair(wav, broken, h)).reasons
+        assert reasons["pesq_wb"] == "the generated waveform is silent or not finite"
+        assert reasons.keys() == PERFECT.keys()
     too_short = evaluate_pair(wav[:3000], wav[:3000], h)
     none = {name for name, each in too_short.items() if each is None}
     assert none >= {"pesq_wb", "stoi", "estoi"} and too_short["mel_l1"] == 0
@@ -465,6 +495,10 @@ def test_silence_is_left_out_of_the_means_it_has_no_part_in(tmp_path, capsys, si
     nulls = {"pesq_wb", "f0_rmse"} | ({"mr_stft", "stoi", "estoi"} if is_reference else set())
     assert {name for name, each in silence["values"].items() if each is None} == nulls
     assert silence["reasons"].keys() == nulls and speech["reasons"] == {}
+    assert silence["reasons"]["f0_rmse"] == "no frame is voiced in both files"
+    silent_side = "reference" if is_reference else "generated"
+    expected = f"the {silent_side} waveform is silent or not finite"
+    assert all(silence["reasons"][name] == expected for name in nulls - {"f0_rmse"})
     for name, facts in report["metrics"].items():
         assert (f"clip1: no {name} (" in err) == (name in nulls)
         assert facts["n"] == (1 if name in nulls else 2)
