@@ -665,8 +665,11 @@ def describe_files(report: dict, h: Config) -> str:
     return (
         f"{len(files)} pairs at {h.sampling_rate} Hz"
         + (f", {resampled} of them resampled to it" if resampled else "")
-        + (f", {sum(cut > 0 for cut in cuts)} cut to the shorter" if any(cuts) else "")
-        + (f" by at most {max(cuts)} samples" if any(cuts) else "")
+        + (
+            f", {sum(map(bool, cuts))} cut to the shorter by at most {max(cuts)} samples"
+            if any(cuts)
+            else ""
+        )
         + (f", {skipped} skipped" if skipped else "")
     )
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import onnx
 
 # What one has to know to make the right mel, and to play the result.
-METADATA_KEYS = (*("sampling_rate", "hop_size", "num_mels", "n_fft", "win_size", "fmin", "fmax"),)
+METADATA_KEYS = ("sampling_rate", "hop_size", "num_mels", "n_fft", "win_size", "fmin", "fmax")
 MEL_RECIPE = "natural log of at least 1e-5 of Slaney mel bands of STFT magnitudes, as HiFi-GAN"
 
 CHECKED_SHAPES = ((1, 1), (1, 2), (1, 33), (2, 100), (1, 333))  # B, T

@@ -50,16 +50,13 @@ def load_generator(
     """The generator of a `g_*` file, ready to speak, and the config beside it.
 
     Files of HiFi-GAN will do. Devices are named as by --device. With precision "bf16" all but the
-    last layer compute in bfloat16.
+    last layer compute in bfloat16. On a CPU, tunes the process as `select_device` does.
 
     Raises:
         UserError: an unreadable file, no config.json beside it, or one that does not fit.
     """
-    checkpoint_file = Path(checkpoint_file)
-    if not checkpoint_file.is_file():
-        raise UserError(f"{checkpoint_file}: no such checkpoint file")
-    h = load_config(checkpoint_file.with_name("config.json"))
     contents = load_checkpoint(checkpoint_file)
+    h = load_config(Path(checkpoint_file).with_name("config.json"))
     if "generator" not in contents:
         hint = "; take the g_* file beside it" if "optim_g" in contents else ""
         raise UserError(f"{checkpoint_file}: holds no generator{hint}")
@@ -78,9 +75,10 @@ def prepare(generator: Generator, device: torch.device, precision: str) -> Gener
 
 
 def synthesize(generator: Generator, mel: Mel, chunk_frames: int = 0) -> torch.Tensor:
-    """Log-mel [num_mels, T] -> waveform [T * hop_size] in [-1, 1], on the generator's device.
+    """Log-mel [num_mels, T] -> waveform [T * hop_size], on the generator's device.
 
-    With `chunk_frames`, so many frames at a time: the same samples in less memory.
+    In [-1, 1], which an iSTFT head may exceed; files are clamped. With `chunk_frames`, so many
+    frames at a time: the same samples in less memory.
 
     Raises:
         ValueError: a mel of another shape.
@@ -148,7 +146,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def vocode_files(
-    generator: Generator, h: Config, jobs: list[Job], read_mel: Callable[[Path], Mel], a
+    generator: Generator,
+    h: Config,
+    jobs: list[Job],
+    read_mel: Callable[[Path], Mel],
+    a: argparse.Namespace,
 ) -> int:
     """Writes the waveform of each job's mel; returns the exit status. `a` holds the flags above."""
 
@@ -171,7 +173,9 @@ def vocode_files(
     batches = [jobs[i : i + a.batch_size] for i in range(0, len(jobs), a.batch_size)]
     try:
         return process_files(batches, vocode)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # on CPUs it is no torch.OutOfMemoryError
+        if "memory" not in str(error):
+            raise
         raise UserError("out of memory; try a smaller --chunk_frames or --batch_size") from None
 
 

@@ -106,7 +106,7 @@ def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torc
     """
     try:
         wav, file_rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds samples that are NaN or infinite")

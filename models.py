@@ -40,9 +40,9 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 
 class Conv1d(nn.Conv1d):
-    """nn.Conv1d that takes and gives either layout.
+    """nn.Conv1d, with the options used here, that takes and gives either layout.
 
-    nn.Conv1d would copy a channels-last input. As a picture of height 1 it stays as it is.
+    nn.Conv1d itself would copy a channels-last input. As a picture of height 1 it stays as it is.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,11 +89,6 @@ class ResBlock1(nn.Module):
             x = x + conv2(F.leaky_relu_(hidden, LRELU_SLOPE))
         return x
 
-    @property
-    def radius(self) -> int:
-        """How many samples to each side a sample depends on."""
-        return sum(conv.padding[0] for conv in (*self.convs1, *self.convs2))
-
 
 class ResBlock2(nn.Module):
     """Residual units of one dilated convolution, [B, C, T] -> [B, C, T]; HiFi-GAN's V3."""
@@ -106,11 +101,6 @@ class ResBlock2(nn.Module):
         for conv in self.convs:
             x = x + conv(F.leaky_relu(x, LRELU_SLOPE))
         return x
-
-    @property
-    def radius(self) -> int:
-        """How many samples to each side a sample depends on."""
-        return sum(conv.padding[0] for conv in self.convs)
 
 
 RESBLOCKS = {"1": ResBlock1, "2": ResBlock2}
@@ -137,11 +127,6 @@ class MRF(nn.ModuleList):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return sum(block(x) for block in self) / len(self)
-
-    @property
-    def radius(self) -> int:
-        """How many samples to each side a sample depends on."""
-        return max(block.radius for block in self)
 
 
 class MISR(nn.Module):
@@ -203,11 +188,6 @@ class MISR(nn.Module):
             return sum(y.reshape(B, N, C, T).unbind(1)) / N
         return self.output_conv(_reshape(y, B, N * C, T))
 
-    @property
-    def radius(self) -> int:
-        """How many samples to each side a sample depends on."""
-        return self.resblock.radius
-
 
 def _reshape(x: torch.Tensor, *shape: int) -> torch.Tensor:
     """x [B, C, T] in another shape, in the layout that it has."""
@@ -220,7 +200,7 @@ class InverseSTFT(nn.Module):
 
     The upper half of the channels becomes angles by a sine. Equals torch.istft (centred, periodic
     Hann window) in a form that ONNX has: a fixed transposed convolution, divided by the sum of the
-    squared windows that are really there.
+    squared windows that are really there. (On GPUs in TF32, where other convolutions are, too.)
 
     Source: Kaneko et al., "iSTFTNet", ICASSP 2022.
     """
@@ -308,7 +288,7 @@ class Generator(nn.Module):
             first, last = first - 1, last - 1  # the reflected frame
         first, last = first - self.conv_post.padding[0], last + self.conv_post.padding[0]
         for up, fusion in zip(reversed(self.ups), reversed(self.fusions), strict=True):
-            first, last = first - fusion.radius, last + fusion.radius
+            first, last = first - _radius(fusion), last + _radius(fusion)
             (kernel_size,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
             first, last = _sources(first, last, kernel_size, rate=rate, padding=padding)
         return self.conv_pre.padding[0] - first, last + self.conv_pre.padding[0]
@@ -318,6 +298,13 @@ class Generator(nn.Module):
         for module in self.modules():
             if is_parametrized(module, "weight"):
                 remove_parametrizations(module, "weight")
+
+
+def _radius(fusion: MRF | MISR) -> int:
+    """How many samples to each side a sample of a fusion's output depends on."""
+    blocks = fusion if isinstance(fusion, MRF) else [fusion.resblock]
+    convs = ([m for m in block.modules() if isinstance(m, nn.Conv1d)] for block in blocks)
+    return max(sum(conv.padding[0] for conv in each) for each in convs)
 
 
 def _sources(first: int, last: int, kernel_size: int, rate: int, padding: int) -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """What the person watching a run sees: the terminal and TensorBoard."""
 
+import contextlib
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,7 @@ class Monitor:
             kinds["gt/y"] = real
             self.shown.add(index)
         if self.metrics is not None:
+            self._write_metrics()
             self.metrics.submit(steps, real[0], generated[0])
         rate = self.h.sampling_rate
         for tag, (wav, mel) in kinds.items():
@@ -110,10 +112,13 @@ class Monitor:
             self.writer.add_audio(f"{tag}_{index}", wav, steps, rate)
             self.writer.add_figure(f"{tag}_spec_{index}", picture, steps)
 
+    def finish(self) -> None:
+        """Waits, a while, for the metrics of the last validation."""
+        self._write_metrics(patience=METRICS_PATIENCE)
+
     def close(self) -> None:
         """Ends the bar and writes what TensorBoard still waits for."""
         self.bar.close()
-        self._write_metrics(patience=METRICS_PATIENCE)
         if self.metrics is not None:
             self.metrics.close()
         if self.writer is not None:
@@ -141,7 +146,8 @@ class BackgroundMetrics:
         self.h = h
         spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_step_back)
-        self.steps, self.futures = 0, []  # of the validation that is being measured
+        self.steps = 0  # of the validation that is being measured
+        self.futures: list[Future] = []
 
     def submit(self, steps: int, wav: torch.Tensor, wav_hat: torch.Tensor) -> None:
         """Takes a clip of the validation at `steps`: waveforms [1, N]."""
@@ -149,17 +155,22 @@ class BackgroundMetrics:
             return
         self.steps = steps
         wavs = (each[0].float().cpu().numpy() for each in (wav, wav_hat))
-        self.futures.append(self.pool.submit(_evaluate, *wavs, self.h))
+        with contextlib.suppress(BrokenProcessPool):  # `finished` has said so
+            self.futures.append(self.pool.submit(_evaluate, *wavs, self.h))
 
     def finished(self, patience: float) -> list[tuple[int, dict[str, float]]]:
         """[(steps, the means over clips by name)] once all clips are measured; before, nothing."""
         if not self.futures or wait(self.futures, timeout=patience).not_done:
             return []
+        errors = [e for e in (future.exception() for future in self.futures) if e is not None]
+        if errors:
+            say(f"Steps : {self.steps}, no metrics of {len(errors)} clips : {errors[0]!r}")
         values = [future.result() for future in self.futures if future.exception() is None]
-        self.futures: list[Future] = []
+        self.futures = []
         names = dict.fromkeys(name for each in values for name in each)
         columns = {name: [v[name] for v in values if v.get(name) is not None] for name in names}
-        return [(self.steps, {name: float(np.mean(c)) for name, c in columns.items() if c})]
+        means = {name: float(np.mean(values)) for name, values in columns.items() if values}
+        return [(self.steps, means)] if means else []
 
     def close(self) -> None:
         """Drops what is not measured yet."""
@@ -167,9 +178,9 @@ class BackgroundMetrics:
 
 
 def _step_back() -> None:
-    """Leaves the machine to training, and Ctrl-C to the parent."""
+    """Leaves the machine to training, and signals to the group to the parent."""
     os.nice(10)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()
     torch.set_num_threads(1)
 
 

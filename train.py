@@ -259,6 +259,8 @@ def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelD
                 monitor.validation(state, validate(state, validation, monitor))
         if state.steps > saved_step:
             save(state, folder, keep=a.keep_checkpoints)
+        if not status:
+            monitor.finish()
     if error:
         raise error
     if status > BAD_DATA:

@@ -714,3 +714,13 @@ def test_bf16_is_near_fp32_and_its_waveform_is_not_rounded(tmp_path, config, cha
     assert bf16_wav.ne(bf16_wav.bfloat16()).float().mean() > 0.9
     snr = 10 * float((wav.var() / (bf16_wav - wav).var()).log10())
     assert 20 < snr < 50
+
+
+def test_too_little_memory_is_said_in_one_line(checkpoint, wavs, tmp_path, monkeypatch):
+    def run_out(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B")
+
+    monkeypatch.setattr(Generator, "forward", run_out)
+    with pytest.raises(UserError, match="out of memory; try a smaller --chunk_frames"):
+        vocode(checkpoint, wavs, tmp_path / "out")
+    assert files_in(tmp_path / "out") == []

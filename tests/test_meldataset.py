@@ -821,3 +821,14 @@ def test_its_mels_are_those_that_fine_tuning_expects(tmp_path, recordings):
         assert mel.shape[1] * HOP == wav.shape[1]
         difference = (dataset.log_mel(wav)[0] - mel).abs()
         assert difference[:, :-2].max() < 1e-5  # the last frames saw what whole() cut off
+
+
+def test_a_file_that_claims_more_than_the_memory_is_named(tmp_path, monkeypatch):
+    """As a FLAC whose header says that 2^36 samples follow."""
+
+    def too_much(*_, **__):
+        raise MemoryError("Unable to allocate 256. GiB")
+
+    monkeypatch.setattr(soundfile, "read", too_much)
+    with pytest.raises(UserError, match=r"a\.flac: cannot be read as audio .*256. GiB"):
+        load_wav(tmp_path / "a.flac", 22050)

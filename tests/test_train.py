@@ -19,6 +19,7 @@ import meldataset
 import train
 from env import UserError, load_config
 from meldataset import LogMelSpectrogram
+from monitor import BackgroundMetrics
 from state import State, build_state, resume, save, warm_start
 from tests import hifigan
 from tests.conftest import ROOT, corpus_arguments, run_main, toy_config, write_config
@@ -517,6 +518,19 @@ def test_eval_metrics_are_measured_beside_training(run, capsys):
     assert "Steps : 1, Validation metrics : mel_l1 " in capsys.readouterr().out
     (mel_error, _) = events.Scalars("validation/mel_spec_error")
     assert events.Scalars("validation/mel_l1")[0].value == pytest.approx(mel_error.value, rel=1e-2)
+
+
+def test_a_killed_measurement_is_named_and_training_goes_on(tmp_path, capsys):
+    metrics = BackgroundMetrics(toy_config(tmp_path))
+    wav = torch.zeros(1, 22050)
+    metrics.submit(1, wav, wav)
+    for pid in list(metrics.pool._processes):
+        os.kill(pid, signal.SIGKILL)
+    assert metrics.finished(patience=60) == []
+    assert "Steps : 1, no metrics of 1 clips : BrokenProcessPool" in capsys.readouterr().out
+    metrics.submit(2, wav, wav)
+    assert metrics.finished(patience=0) == []
+    metrics.close()
 
 
 def test_fine_tuning(run, corpus, tmp_path):
