@@ -199,6 +199,7 @@ def stream_once(
     config: str, minutes: float, chunk_frames: int, device: torch.device
 ) -> tuple[float, float, float]:
     """(peak memory in MB, seconds until the first samples, times real time) of one long mel."""
+    select_device(str(device))  # sets this process up as the scripts are
     if device.type == "cpu":  # fail, where the machine would begin to swap
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
