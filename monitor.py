@@ -22,6 +22,14 @@ from utils import plot_spectrogram, say
 
 DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
 
+# The losses on the terminal: beside a bar, and in lines such as HiFi-GAN's.
+SHORT = {"mel_spec_error": "mel", "gen_loss_total": "G", "disc_loss_total": "D"}
+LONG = {
+    "gen_loss_total": "Gen Loss Total",
+    "disc_loss_total": "Disc Loss Total",
+    "mel_spec_error": "Mel-Spec. Error",
+}
+
 METRICS_PATIENCE = 120  # seconds that the end of a run waits for its last metrics
 
 
@@ -52,23 +60,20 @@ class Monitor:
     def progress(self, state: State, losses: dict[str, torch.Tensor]) -> None:
         """News for the bar, or a line of text where there is none. Waits for the device."""
         self._write_metrics()
-        names = ("gen_loss_total", "disc_loss_total", "mel_spec_error")
-        means = mean_over_processes(torch.stack([losses[name] for name in names]))
-        generator, discriminator, mel_error = means.tolist()
+        # Before --adversarial_from, discriminators have no loss.
+        shown = [name for name in LONG if name in losses]
+        values = mean_over_processes(torch.stack([losses[name] for name in shown])).tolist()
+        means = dict(zip(shown, values, strict=True))
         steps, now = state.steps - self.steps, time.monotonic()
         self.steps_per_second = steps / max(1e-9, now - self.time)
         self.steps, self.time = state.steps, now
         if not self.bar.disable:
-            self.bar.set_postfix_str(
-                f"mel {mel_error:.3f}, G {generator:.2f}, D {discriminator:.2f}", refresh=False
-            )
+            text = ", ".join(f"{SHORT[name]} {means[name]:.3f}" for name in means)
+            self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(state.steps - self.bar.n)
         else:
-            say(
-                f"Steps : {state.steps}, Gen Loss Total : {generator:.3f}, Disc Loss Total : "
-                f"{discriminator:.3f}, Mel-Spec. Error : {mel_error:.4f}, "
-                f"s/b : {1 / self.steps_per_second:.3f}"
-            )
+            text = ", ".join(f"{LONG[name]} : {means[name]:.4f}" for name in means)
+            say(f"Steps : {state.steps}, {text}, s/b : {1 / self.steps_per_second:.3f}")
 
     def summary(self, state: State, losses: dict[str, torch.Tensor]) -> None:
         """The scalars of training, in every process together."""
@@ -192,7 +197,8 @@ def _evaluate(wav: np.ndarray, wav_hat: np.ndarray, h: Config) -> dict[str, floa
 
 def gradient_norm(module: nn.Module) -> torch.Tensor:
     """The 2-norm of the gradients of the last update."""
-    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads)
 
 
 def describe(state: State, clips: MelDataset, config: str, folder: Path) -> None:

@@ -50,7 +50,7 @@ from state import (
     share_over_processes,
     warm_start,
 )
-from utils import boolean, command_line, positive, remove_temporary_files, replacing, say
+from utils import boolean, command_line, natural, positive, remove_temporary_files, replacing, say
 
 SHOWN_CLIPS = 5  # of the validation clips go to TensorBoard, as in HiFi-GAN
 BAD_DATA = 1  # exit status
@@ -58,20 +58,23 @@ BAD_DATA = 1  # exit status
 # ------------------------------------------------------------------------------------- one update
 
 
-def training_step(state: State, mel: torch.Tensor, wav: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One update of the discriminators, then one of the generator.
+def training_step(
+    state: State, mel: torch.Tensor, wav: torch.Tensor, adversarial: bool = True
+) -> dict[str, torch.Tensor]:
+    """One update of the discriminators, then one of the generator; or the generator's alone.
 
     Args:
         mel: [B, num_mels, T].
         wav: [B, 1, T * hop_size], from which the mel was taken.
+        adversarial: without, the generator learns from the mel loss and nothing else moves.
 
     Returns:
         The losses by name, on the device.
     """
     with state.autocast():
         wav_hat = state.shared_generator(mel)
-    losses = discriminator_step(state, wav, wav_hat)
-    return losses | generator_step(state, wav, wav_hat)
+    losses = discriminator_step(state, wav, wav_hat) if adversarial else {}
+    return losses | generator_step(state, wav, wav_hat, adversarial)
 
 
 def discriminator_step(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -> dict:
@@ -86,29 +89,37 @@ def discriminator_step(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -
     return {"disc_loss_total": loss.detach()}
 
 
-def generator_step(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -> dict:
-    """Updates the generator through discriminators that stand still."""
-    h = state.h
+def generator_step(
+    state: State, wav: torch.Tensor, wav_hat: torch.Tensor, adversarial: bool = True
+) -> dict:
+    """Updates the generator."""
+    losses = adversarial_losses(state, wav, wav_hat) if adversarial else {}
+    losses["mel_spec_error"] = mel_loss(state, wav, wav_hat)
+    weights = {"gen_loss_feature": state.h.lambda_feature, "mel_spec_error": state.h.lambda_mel}
+    loss = sum(weights.get(name, 1) * value for name, value in losses.items())
+    state.optim_g.zero_grad()
+    loss.backward()
+    state.optim_g.step()
+    return {name: value.detach() for name, value in ({"gen_loss_total": loss} | losses).items()}
+
+
+def mel_loss(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -> torch.Tensor:
+    """The mean distance of the log-mels (HiFi-GAN, eq. 3)."""
+    with torch.no_grad():
+        mel = state.mel_for_loss(wav.squeeze(1))
+    return F.l1_loss(state.mel_for_loss(wav_hat.squeeze(1)), mel)
+
+
+def adversarial_losses(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -> dict:
+    """What discriminators that stand still tell the generator."""
     with frozen(state.discriminators), state.autocast():
         with torch.no_grad():
             _, real_features = state.discriminators(wav)
         fake_scores, fake_features = state.discriminators(wav_hat)
-    with torch.no_grad():
-        mel = state.mel_for_loss(wav.squeeze(1))
-    mel_error = F.l1_loss(state.mel_for_loss(wav_hat.squeeze(1)), mel)
-    adversarial = generator_loss(fake_scores)
-    feature = feature_loss(real_features, fake_features)
-    loss = adversarial + h.lambda_feature * feature + h.lambda_mel * mel_error
-    state.optim_g.zero_grad()
-    loss.backward()
-    state.optim_g.step()
-    losses = {
-        "gen_loss_total": loss,
-        "gen_loss_adversarial": adversarial,
-        "gen_loss_feature": feature,
-        "mel_spec_error": mel_error,
+    return {
+        "gen_loss_adversarial": generator_loss(fake_scores),
+        "gen_loss_feature": feature_loss(real_features, fake_features),
     }
-    return {name: value.detach() for name, value in losses.items()}
 
 
 @contextlib.contextmanager
@@ -245,7 +256,7 @@ def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelD
                 break
             set_learning_rate(state)
             mel, wav = (x.to(state.device, non_blocking=True) for x in batch)
-            losses = training_step(state, mel, wav)
+            losses = training_step(state, mel, wav, state.steps >= a.adversarial_from)
             count_update(state, losses, steps_per_epoch)
             if state.steps % a.stdout_interval == 0:
                 check_losses(state, folder)
@@ -321,6 +332,14 @@ def parse_arguments() -> argparse.Namespace:
         ("keep_checkpoints", 3, "of do_* the newest N stay; every g_* stays"),
     ):
         length.add_argument(f"--{flag}", type=positive, default=default, metavar="N", help=meaning)
+    length.add_argument(
+        "--adversarial_from",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="the first N updates train the generator alone, on the mel loss: a cheap start on "
+        "small machines",
+    )
     length.add_argument(
         "--eval_metrics",
         action="store_true",
