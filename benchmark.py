@@ -40,7 +40,7 @@ from models import Discriminators, Generator
 from state import build_state
 from tests import hifigan
 from train import training_step
-from utils import command_line, natural, positive, replacing
+from utils import command_line, command_parser, natural, positive, replacing
 
 MEASURED_FRAMES = 128  # a whole number of hops, from which a second is computed
 
@@ -315,34 +315,47 @@ def cell(value: str | int | float | Spread) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
-def main() -> None:
-    """Prints tables in markdown."""
-    parser = argparse.ArgumentParser(
-        description="Measures models: parameters and multiply-accumulates for a second of audio; "
-        "with --infer, --memory and --train also these.",
-        epilog="Example: python benchmark.py --infer --config config_v2.json --seconds 1 20",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser(
+        "Measures models: parameters and multiply-accumulates for a second of audio, and more.",
+        example="python benchmark.py --infer --config config_v2.json --seconds 1 20",
     )
-    parser.add_argument("--config", nargs="+", default=["config_v1.json", "config_v2.json"])
-    parser.add_argument("--infer", action="store_true", help="time inference")
-    parser.add_argument("--memory", action="store_true", help="measure memory of long mels")
-    parser.add_argument("--train", action="store_true", help="time training steps")
-    parser.add_argument(
-        "--seconds", nargs="+", type=positive, default=[1, 4, 20], help="of audio, for --infer"
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--config",
+        nargs="+",
+        metavar="FILE",
+        default=["config_v1.json", "config_v2.json"],
+        help="JSON configs; weights are random",
     )
-    parser.add_argument(
-        "--minutes", nargs="+", type=positive, default=[1, 10, 60], help="of audio, for --memory"
+    for flag, meaning in (
+        ("infer", "also the speed of inference, beside HiFi-GAN's generator of the width"),
+        ("memory", "also the memory and the first sound of long mels"),
+        ("train", "also the time of a training step, beside HiFi-GAN's textbook step"),
+    ):
+        what.add_argument(f"--{flag}", action="store_true", help=meaning)
+    size = parser.add_argument_group("how much of it")
+    for flag, kind, default, meaning in (
+        ("seconds", positive, [1, 4, 20], "of audio, for --infer"),
+        ("minutes", positive, [1, 10, 60], "of audio, for --memory"),
+        ("chunk_frames", natural, [0, 1024, 32], "mel frames at once, for --memory; 0: whole"),
+        ("batch_size", positive, [4, 16], "segments in a step, for --train"),
+    ):
+        size.add_argument(
+            f"--{flag}", nargs="+", type=kind, default=default, metavar="N", help=meaning
+        )
+    size.add_argument(
+        "--repeats", type=positive, default=5, metavar="N", help="turns; medians are shown"
     )
-    parser.add_argument(
-        "--chunk_frames", nargs="+", type=natural, default=[0, 1024, 32], help="for --memory"
-    )
-    parser.add_argument(
-        "--batch_size", nargs="+", type=positive, default=[4, 16], help="segments, for --train"
-    )
-    parser.add_argument("--repeats", type=positive, default=5, help="timed turns of each")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
     parser.add_argument("--output", metavar="JSON", help="file for all figures")
-    a = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints tables in markdown."""
+    a = parse_arguments()
     device = select_device(a.device)
     torch.backends.cudnn.benchmark = a.train  # as in train.py; inference has lengths of all kinds
     results = {"machine": machine(device)}

@@ -14,6 +14,7 @@ import platform
 import sys
 import types
 import typing
+from collections import Counter
 from dataclasses import MISSING, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,29 @@ POSITIVE_KEYS = (
     *("upsample_initial_channel", "discriminator_channel_mult", "batch_size", "learning_rate"),
     *("segment_size", "num_mels", "n_fft", "hop_size", "win_size", "sampling_rate"),
 )
+LIST_KEYS = (
+    *("upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes"),
+    *("resblock_dilation_sizes", "n_ffts_for_loss", "num_mels_for_loss"),
+)
+
+# Far above what anyone trains, and low enough that a slip of the keyboard does not fill the memory.
+LARGEST = {
+    "upsample_initial_channel": 2**14,
+    "resblock_num": 2**8,
+    "resblock_kernel_size": 2**10,
+    "gen_istft_n_fft": 2**12,
+    "discriminator_channel_mult": 2**6,
+    "segment_size": 2**24,
+    "num_mels": 2**10,
+    "n_fft": 2**16,
+    "sampling_rate": 2**20,
+    "batch_size": 2**16,
+    "num_workers": 2**10,
+}
+LARGEST_ITEM, LONGEST_LIST = 2**16, 16
+SMALLEST_SEGMENT = 6  # samples; of fewer, MPD's period of 11 has too little to reflect
+
+LONGEST_LINE = 1500  # characters of an error
 
 # Parameters of glibc's mallopt, from its malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -41,11 +65,27 @@ class UserError(Exception):
 
     exit_status = 1
 
+    def __str__(self) -> str:
+        # An error from a data worker arrives with the worker's traceback before it.
+        return one_line(super().__str__().rsplit("\nenv.UserError: ", 1)[-1])
+
 
 class UsageError(UserError):
     """A UserError in the command line or the config."""
 
     exit_status = 2
+
+
+def one_line(text: object) -> str:
+    """`text` as one line that is safe to print, whatever names of files it holds.
+
+    What no terminal should be given, as escape sequences and bytes that are no UTF-8, is shown as
+    Python writes it; of what is very long, the middle is left out.
+    """
+    text = " ".join(line.strip() for line in str(text).expandtabs(1).splitlines())
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE * 2 // 3]} ... {text[-LONGEST_LINE // 3 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +115,8 @@ class Config:
     discriminator_channel_mult: float = 1.0
     lambda_mel: float = 45.0
     lambda_feature: float = 2.0
+    n_ffts_for_loss: tuple[int, ...] | None = None  # a mel loss of several resolutions; None: h's
+    num_mels_for_loss: tuple[int, ...] | None = None  # one for each
 
     # Audio; sizes in samples, frequencies in Hz
     segment_size: int
@@ -121,7 +163,8 @@ def load_config(path: str | Path) -> Config:
             message names the file, the key, the value and what was expected.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = json.loads(text, object_pairs_hook=_without_twins)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a readable JSON config ({error})") from None
     if not isinstance(values, dict):
@@ -132,8 +175,18 @@ def load_config(path: str | Path) -> Config:
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     if h.uses_misr and "misr_merge" not in values and rank() == 0:
-        print(f'{path}: no misr_merge, so "mean"; y-chan\'s port merges by "conv"', file=sys.stderr)
+        note = f'{path}: no misr_merge, so "mean"; y-chan\'s port merges by "conv"'
+        print(one_line(note), file=sys.stderr)
     return h
+
+
+def _without_twins(pairs: list[tuple]) -> dict:
+    """A JSON object; json itself would take the last of two values in silence."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise ValueError(f"given twice: {', '.join(twice)}")
+    return values
 
 
 def _typed(values: dict) -> dict:
@@ -195,6 +248,11 @@ def _invariants(h: Config):
         yield key, getattr(h, key) > 0, "more than 0"
     for key in ("lambda_mel", "lambda_feature", "num_workers"):
         yield key, getattr(h, key) >= 0, "0 or more"
+    for key, largest in LARGEST.items():
+        yield key, (getattr(h, key) or 0) <= largest, f"at most {largest}"
+    for key in LIST_KEYS:
+        expected = f"at most {LONGEST_LIST} items of at most {LARGEST_ITEM} each"
+        yield key, _is_small(getattr(h, key)), expected
     for key in ("adam_b1", "adam_b2"):
         yield key, 0 <= getattr(h, key) < 1, "0 or more and less than 1"
     yield "lr_decay", 0 < h.lr_decay <= 1, "more than 0 and at most 1"
@@ -214,11 +272,25 @@ def _audio_invariants(h: Config):
         h.segment_size % h.hop_size == 0,
         f"a multiple of hop_size, {h.hop_size}",
     )
+    yield "segment_size", h.segment_size >= SMALLEST_SEGMENT, f"at least {SMALLEST_SEGMENT}"
     yield "fmin", 0 <= h.fmin < nyquist, f"0 or more and less than sampling_rate / 2, {nyquist:g}"
     for key in ("fmax", "fmax_for_loss"):
         fmax = getattr(h, key)
         expected = f"null or more than fmin, {h.fmin:g}, and at most sampling_rate / 2, {nyquist:g}"
         yield key, fmax is None or h.fmin < fmax <= nyquist, expected
+    yield from _loss_invariants(h)
+
+
+def _loss_invariants(h: Config):
+    n_ffts, num_mels = h.n_ffts_for_loss or (), h.num_mels_for_loss or ()
+    expected = "null or a list of one or more multiples of 8, at least 64 each"
+    fits = h.n_ffts_for_loss is None or (n_ffts and all(n >= 64 and n % 8 == 0 for n in n_ffts))
+    yield "n_ffts_for_loss", fits, expected
+    expected = f"one number of bands for each of the {len(n_ffts)} n_ffts_for_loss"
+    yield "num_mels_for_loss", len(num_mels) == len(n_ffts), expected
+    expected = "positive numbers, each at most a quarter of its n_fft"
+    fits = all(0 < m <= n // 4 for m, n in zip(num_mels, n_ffts, strict=True))
+    yield "num_mels_for_loss", fits, expected
 
 
 def _upsampling_invariants(h: Config):
@@ -282,6 +354,13 @@ def _mrf_invariants(h: Config):
         and all(isinstance(each, tuple) and _are_dilations(each) for each in dilations),
         f"a list of positive dilations for each of the {len(kernels)} resblock_kernel_sizes",
     )
+
+
+def _is_small(value: int | tuple | None) -> bool:
+    """True for lists, of lists perhaps, that are short and hold no giant; and for None."""
+    if isinstance(value, tuple):
+        return len(value) <= LONGEST_LIST and all(map(_is_small, value))
+    return (value or 0) <= LARGEST_ITEM
 
 
 def _is_odd(size: int) -> bool:

@@ -42,9 +42,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from env import Config, UserError, load_config
+from env import Config, UserError, load_config, one_line
 from meldataset import AUDIO_EXTENSIONS, LogMelSpectrogram, load_wav
-from utils import PICTURED_LOG_MELS, command_line, positive, replacing
+from utils import PICTURED_LOG_MELS, check_inside, command_line, command_parser, positive, replacing
 
 SIDES = ("reference", "generated")
 ENDINGS = ("_generated", "_generated_e2e")  # what the inference scripts add to a name
@@ -442,7 +442,7 @@ def pair_files(
 
 def _by_name(folder: Path, other: Path) -> dict[str, Path]:
     """The audio files of `folder`, but for those of an `other` inside it, by name."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long
         raise UserError(f"{folder}: no such folder")
     other = other.resolve()
     holds_other = other.is_relative_to(folder.resolve())
@@ -472,13 +472,16 @@ def measure_files(files: FilePair, h: Config, plot_dir: Path | None) -> FileResu
         return replace(result, error=str(error))
     pair = Pair(**wavs, h=h)
     if plot_dir is not None:
+        check_inside(plot_dir, plot_dir / files.name)
         with replacing(plot_dir / f"{files.name}.png") as temporary:
             picture(pair).savefig(temporary, format="png")
     samples = len(pair.wavs[0])
     return replace(
         result,
         **vars(measure(pair)),
-        sampling_rates={side: soundfile.info(path).samplerate for side, path in paths.items()},
+        sampling_rates={
+            side: soundfile.info(os.fsencode(path)).samplerate for side, path in paths.items()
+        },
         samples=samples,
         cut_samples={side: len(wav) - samples for side, wav in wavs.items()},
     )
@@ -621,7 +624,8 @@ def file_table(report: dict) -> str:
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for result in report["files"]:
         cells = [_cell(result["values"][name]) for name in metrics]
-        rows.append(f"| {' | '.join([result['name'], *cells])} |")
+        name = one_line(result["name"]).replace("|", r"\|")
+        rows.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(rows)
 
 
@@ -638,7 +642,8 @@ def name_unpaired(folder: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
         listed = ", ".join(names[:NAMED_FILES])
-        print(f"{folder}: without a partner {len(names)}: {listed}{more}", file=sys.stderr)
+        note = f"{folder}: without a partner {len(names)}: {listed}{more}"
+        print(one_line(note), file=sys.stderr)
 
 
 def name_troubles(result: FileResult, h: Config) -> None:
@@ -650,7 +655,7 @@ def name_troubles(result: FileResult, h: Config) -> None:
             lines.append(f"{path}: its last {cut} samples were cut off; its partner is shorter")
     lines += [f"{result.name}: no {name} ({reason})" for name, reason in result.reasons.items()]
     for line in lines:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(one_line(line), file=sys.stderr)
     for name, reason in result.missing.items():
         name_missing(name, reason)
 
@@ -677,10 +682,6 @@ def describe_files(report: dict, h: Config) -> str:
 # ------------------------------------------------------------------------------- the command line
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the table of metrics as it is."""
-
-
 def metrics_help() -> str:
     """METRICS in words."""
     lines = ["metrics:"]
@@ -695,25 +696,28 @@ def metrics_help() -> str:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Compares generated speech with recordings, file by file, and prints the mean "
-        f"of each metric\nwith its {CONFIDENCE:.0%} interval (percentile bootstrap over files, "
-        f"{RESAMPLES} resamples).",
-        epilog=f"{metrics_help()}\n\nExample: python evaluate.py --reference_dir test_files "
-        "--generated_dir generated_files --output results.json",
-        formatter_class=_HelpFormatter,
+    parser = command_parser(
+        "Compares generated speech with recordings, file by file, and prints the mean of each\n"
+        f"metric with its {CONFIDENCE:.0%} interval (percentile bootstrap over files, {RESAMPLES} "
+        f"resamples).\n\n{metrics_help()}",
+        example="python evaluate.py --reference_dir test_files --generated_dir generated_files "
+        "--output results.json",
     )
-    parser.add_argument("--reference_dir", required=True, help="recordings, in depth")
+    parser.add_argument(
+        "--reference_dir", metavar="DIR", required=True, help="recordings; searched in depth"
+    )
     parser.add_argument(
         "--generated_dir",
+        metavar="DIR",
         required=True,
         help="their generated partners: <name>, <name>_generated or <name>_generated_e2e, of any "
         "audio format, in the same subfolder",
     )
     parser.add_argument(
         "--config",
+        metavar="FILE",
         default=Path(__file__).with_name("config_v1.json"),
-        help="JSON config whose sampling_rate and mel are used",
+        help="JSON config whose sampling_rate and mel are used (default: config_v1.json)",
     )
     parser.add_argument("--output", metavar="JSON", help="file for everything that was found")
     parser.add_argument(
@@ -723,8 +727,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=positive,
+        metavar="N",
         default=os.cpu_count() or 1,
-        help="processes; results stay equal",
+        help="processes; the results are the same",
     )
     return parser.parse_args()
 

@@ -6,7 +6,6 @@ The file maps `mel` [B, num_mels, T] to `wav` [B, 1, T * hop_size], B and T free
 the sampling rate and the mel's recipe. Needs the packages onnx, onnxscript and onnxruntime.
 """
 
-import argparse
 import json
 import logging
 import warnings
@@ -19,7 +18,7 @@ from env import Config, UserError
 from inference import load_generator
 from meldataset import SILENT_LOG_MEL
 from models import Generator
-from utils import command_line, replacing
+from utils import command_line, command_parser, replacing
 
 if TYPE_CHECKING:
     import onnx
@@ -80,17 +79,21 @@ def largest_difference(model: bytes, generator: Generator) -> float:
 
 def main() -> None:
     """Exports, checks, and only then writes."""
-    parser = argparse.ArgumentParser(
-        description="Writes a generator as one ONNX file, mel [B, num_mels, T] to wav "
-        "[B, 1, T * hop_size], after comparing ONNX Runtime's output with PyTorch's.",
-        epilog="Example: python export_onnx.py --checkpoint_file cp_misrnet/g_02500000 "
+    parser = command_parser(
+        "Writes a generator as one ONNX file, mel [B, num_mels, T] to wav [B, 1, T * hop_size],\n"
+        "after comparing ONNX Runtime's output with PyTorch's.",
+        example="python export_onnx.py --checkpoint_file cp_misrnet/g_00500000 "
         "--output misrnet.onnx",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--checkpoint_file", required=True, help="g_* file, with its config.json beside it"
+        "--checkpoint_file",
+        metavar="FILE",
+        required=True,
+        help="the generator, g_*, with its config.json beside it",
     )
-    parser.add_argument("--output", default="misrnet.onnx", type=Path, help="file to write")
+    parser.add_argument(
+        "--output", metavar="FILE", default="misrnet.onnx", type=Path, help="file to write"
+    )
     a = parser.parse_args()
     generator, h = load_generator(a.checkpoint_file)
     try:

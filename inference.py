@@ -32,6 +32,8 @@ from models import Generator
 from utils import (
     Job,
     command_line,
+    command_parser,
+    is_out_of_memory,
     load_checkpoint,
     load_weights,
     natural,
@@ -56,10 +58,15 @@ def load_generator(
         UserError: an unreadable file, no config.json beside it, or one that does not fit.
     """
     contents = load_checkpoint(checkpoint_file)
-    h = load_config(Path(checkpoint_file).with_name("config.json"))
+    config = Path(checkpoint_file).with_name("config.json")
+    if not config.exists():
+        raise UserError(f"{checkpoint_file}: no config.json beside it; copy its run's there")
+    h = load_config(config)
     if "generator" not in contents:
         hint = "; take the g_* file beside it" if "optim_g" in contents else ""
         raise UserError(f"{checkpoint_file}: holds no generator{hint}")
+    with torch.device("meta"):  # so that a misfit is found before it takes any memory
+        load_weights(Generator(h), contents["generator"], checkpoint_file)
     generator = Generator(h)
     load_weights(generator, contents["generator"], checkpoint_file)
     return prepare(generator, select_device(str(device)), precision), h
@@ -81,7 +88,7 @@ def synthesize(generator: Generator, mel: Mel, chunk_frames: int = 0) -> torch.T
     frames at a time: the same samples in less memory.
 
     Raises:
-        ValueError: a mel of another shape.
+        ValueError: a mel of another shape or not finite.
     """
     return torch.cat(list(stream(generator, mel, chunk_frames)))
 
@@ -94,7 +101,7 @@ def stream(generator: Generator, mel: Mel, chunk_frames: int) -> Iterator[torch.
     is cut off: so the pieces together are what the whole would give, to rounding. 0 frames: all.
 
     Raises:
-        ValueError: a mel of another shape, or a negative number of frames.
+        ValueError: a mel of another shape or not finite, or a negative number of frames.
     """
     num_mels, device = generator.conv_pre.in_channels, generator.conv_post.bias.device
     if len(mel.shape) != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
@@ -106,7 +113,10 @@ def stream(generator: Generator, mel: Mel, chunk_frames: int) -> Iterator[torch.
     for start in range(0, T, chunk_frames or T):
         stop = min(start + (chunk_frames or T), T)
         first = max(0, start - before)
-        wav = generator(mel[:, first : stop + after].to(device).unsqueeze(0))[0, 0]
+        chunk = mel[:, first : stop + after]
+        if not chunk.isfinite().all():
+            raise ValueError(f"mel holds NaN or infinity in frames {first} to {stop + after}")
+        wav = generator(chunk.to(device).unsqueeze(0))[0, 0]
         yield wav[(start - first) * generator.hop_size : (stop - first) * generator.hop_size]
 
 
@@ -122,26 +132,40 @@ def synthesize_batch(generator: Generator, mels: list[Mel]) -> list[torch.Tensor
     return [wav[: mel.shape[1] * generator.hop_size] for wav, mel in zip(wavs, mels, strict=True)]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of both inference scripts."""
-    parser.add_argument(
-        "--checkpoint_file", required=True, help="g_* file, with its config.json beside it"
+def add_common_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """The flags of both inference scripts, beside those for what they read."""
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--output_dir", metavar="DIR", default=output_dir, help="for the wavs; made if needed"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
-    parser.add_argument(
-        "--precision", default="fp32", choices=("fp32", "bf16"), help="of all but the last layer"
+    files.add_argument(
+        "--checkpoint_file",
+        metavar="FILE",
+        required=True,
+        help="the generator, g_*, with its config.json beside it",
     )
-    parser.add_argument(
+    machine = parser.add_argument_group("speed and memory")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
+    machine.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16"),
+        help="of all layers but the last; bf16 is faster where the processor computes in it",
+    )
+    machine.add_argument(
         "--batch_size",
         type=positive,
         default=1,
+        metavar="N",
         help="files at once, of like sizes, where none is longer than a chunk",
     )
-    parser.add_argument(
+    machine.add_argument(
         "--chunk_frames",
         type=natural,
         default=1024,
-        help="frames at once: memory against speed, the same samples; 0: each file whole",
+        metavar="N",
+        help="mel frames (of hop_size samples) at once: less takes less memory and gives the same "
+        "samples; 0 takes each file whole",
     )
 
 
@@ -173,8 +197,8 @@ def vocode_files(
     batches = [jobs[i : i + a.batch_size] for i in range(0, len(jobs), a.batch_size)]
     try:
         return process_files(batches, vocode)
-    except RuntimeError as error:  # on CPUs it is no torch.OutOfMemoryError
-        if "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError("out of memory; try a smaller --chunk_frames or --batch_size") from None
 
@@ -195,17 +219,18 @@ def _synthesize_in_pieces(
 
 def main() -> int:
     """Vocodes a folder of audio files."""
-    parser = argparse.ArgumentParser(
-        description="Audio files to mels and back: <name>_generated.wav for each.",
-        epilog="Example: python inference.py --input_wavs_dir test_files "
-        "--checkpoint_file cp_misrnet/g_02500000",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command_parser(
+        "Audio files to mels and back: <output_dir>/<name>_generated.wav for each, PCM 16.",
+        example="python inference.py --input_wavs_dir test_files "
+        "--checkpoint_file cp_misrnet/g_00500000",
     )
     parser.add_argument(
-        "--input_wavs_dir", default="test_files", help="folder, searched in depth, or one file"
+        "--input_wavs_dir",
+        metavar="PATH",
+        default="test_files",
+        help="audio in any format and at any rate: a folder, searched in depth, or one file",
     )
-    parser.add_argument("--output_dir", default="generated_files", help="folder, made if needed")
-    add_common_arguments(parser)
+    add_common_arguments(parser, output_dir="generated_files")
     a = parser.parse_args()
     generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
     jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, "_generated.wav")

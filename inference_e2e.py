@@ -3,30 +3,28 @@
 python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_misrnet/g_02500000
 """
 
-import argparse
 from functools import partial
 
 from inference import add_common_arguments, load_generator, vocode_files
 from meldataset import load_mel
-from utils import command_line, plan_outputs
+from utils import command_line, command_parser, plan_outputs
 
 
 def main() -> int:
     """Vocodes a folder of .npy mels."""
-    parser = argparse.ArgumentParser(
-        description="Log-mels in .npy files, [num_mels, T] or [1, num_mels, T], to "
-        "<name>_generated_e2e.wav for each.",
-        epilog="Example: python inference_e2e.py --input_mels_dir test_mel_files "
-        "--checkpoint_file cp_misrnet/g_02500000",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command_parser(
+        "Log-mels to <output_dir>/<name>_generated_e2e.wav for each, PCM 16.",
+        example="python inference_e2e.py --input_mels_dir test_mel_files "
+        "--checkpoint_file cp_misrnet/g_00500000",
     )
     parser.add_argument(
-        "--input_mels_dir", default="test_mel_files", help="folder, searched in depth, or one file"
+        "--input_mels_dir",
+        metavar="PATH",
+        default="test_mel_files",
+        help=".npy files, [num_mels, T] or [1, num_mels, T], natural logarithm, by the config's "
+        "recipe: a folder, searched in depth, or one file",
     )
-    parser.add_argument(
-        "--output_dir", default="generated_files_from_mel", help="folder, made if needed"
-    )
-    add_common_arguments(parser)
+    add_common_arguments(parser, output_dir="generated_files_from_mel")
     a = parser.parse_args()
     generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
     jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")

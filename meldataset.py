@@ -7,11 +7,11 @@ As a command, writes the mels of a folder of audio files, as `inference.py` woul
     python meldataset.py --config config_v1.json --input_wavs_dir wavs --output_dir ft_dataset
 """
 
-import argparse
 import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import librosa
 import numpy as np
@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from env import Config, UserError, load_config
-from utils import Job, command_line, plan_outputs, process_files, write_npy
+from utils import Job, command_line, command_parser, plan_outputs, process_files, write_npy
 
 # What libsndfile reads, by extension; the first that exists is taken for an id.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
 
+LOWEST_RATE = 1000  # Hz; below, a file is damaged, and to resample it could fill the memory
 MAX_AMPLITUDE = 0.95  # of each training clip's peak, as in HiFi-GAN
 MIN_POWER = 1e-9  # keeps the gradient of the square root finite
 MIN_MAGNITUDE = 1e-5
@@ -33,6 +34,17 @@ SILENT_LOG_MEL = float(np.log(MIN_MAGNITUDE))
 
 # Acoustic models count frames in their own ways: Tacotron 2 has one more than there are hops.
 MAX_FRAMES_ASTRAY = 2
+
+
+class Resolution(NamedTuple):
+    """A mel's recipe, in the words of Config."""
+
+    sampling_rate: int
+    fmin: float
+    n_fft: int
+    hop_size: int
+    win_size: int
+    num_mels: int
 
 
 class LogMelSpectrogram(nn.Module):
@@ -44,7 +56,7 @@ class LogMelSpectrogram(nn.Module):
     Source: jik876/hifi-gan, meldataset.py.
     """
 
-    def __init__(self, h: Config, fmax: float | None):
+    def __init__(self, h: Config | Resolution, fmax: float | None):
         super().__init__()
         self.n_fft, self.hop_size, self.win_size = h.n_fft, h.hop_size, h.win_size
         filterbank = librosa.filters.mel(
@@ -70,6 +82,33 @@ class LogMelSpectrogram(nn.Module):
         )[..., :frames]
         magnitude = torch.sqrt(spectrum.real.square() + spectrum.imag.square() + MIN_POWER)
         return torch.log((self.filterbank @ magnitude).clamp(min=MIN_MAGNITUDE))
+
+
+class MelLoss(nn.Module):
+    """The mean distance of log-mels, (wav_hat [B, N], wav [B, N]) -> scalar.
+
+    HiFi-GAN's (eq. 3) by default. With `n_ffts_for_loss`, the mean over mels of those windows, a
+    quarter of one apart: long windows part the harmonics of a voice, so that without adversaries,
+    too, a generator learns its pitch, where the one mel lets it hum at the rate of the frames.
+
+    Source: Yamamoto et al., "Parallel WaveGAN", section 2.2, for several resolutions.
+    """
+
+    def __init__(self, h: Config):
+        super().__init__()
+        resolutions = [h]
+        if h.n_ffts_for_loss is not None:
+            resolutions = [
+                Resolution(h.sampling_rate, h.fmin, n_fft, n_fft // 4, n_fft, num_mels)
+                for n_fft, num_mels in zip(h.n_ffts_for_loss, h.num_mels_for_loss, strict=True)
+            ]
+        self.log_mels = nn.ModuleList(LogMelSpectrogram(r, h.fmax_for_loss) for r in resolutions)
+
+    def forward(self, wav_hat: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            mels = [log_mel(wav) for log_mel in self.log_mels]
+        pairs = zip(self.log_mels, mels, strict=True)
+        return sum(F.l1_loss(log_mel(wav_hat), mel) for log_mel, mel in pairs) / len(mels)
 
 
 class WavMel:
@@ -105,26 +144,29 @@ def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torc
             the message names the file.
     """
     try:
-        wav, file_rate = soundfile.read(path, dtype="float32", always_2d=True)
+        # As bytes, for soundfile takes no text with what is no UTF-8.
+        wav, file_rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
     except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
+    if file_rate < LOWEST_RATE:
+        raise UserError(f"{path}: sampled at {file_rate} Hz; expected at least {LOWEST_RATE}")
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds samples that are NaN or infinite")
-    wav = wav.clip(-1, 1).mean(axis=1)
+    wav = np.clip(wav, -1, 1, out=wav).mean(axis=1)
     if len(wav) > 0 and file_rate != sampling_rate:
         wav = librosa.resample(wav, orig_sr=file_rate, target_sr=sampling_rate, res_type="soxr_hq")
     if len(wav) < min_samples:
         raise UserError(
             f"{path}: {len(wav)} samples at {sampling_rate} Hz; expected at least {min_samples}"
         )
-    return torch.from_numpy(wav).clamp(-1, 1)
+    return torch.from_numpy(wav).clamp_(-1, 1)
 
 
 def audio_seconds(path: str | Path) -> float:
     """How long an audio file says it is; raises UserError, which names it, where it is none."""
     try:
-        return soundfile.info(str(path)).duration
-    except (OSError, RuntimeError) as error:
+        return soundfile.info(os.fsencode(path)).duration
+    except (OSError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
 
 
@@ -137,7 +179,8 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
     """
     try:
         # Mapped, so that a header that claims too much fails before any memory is taken.
-        mel = np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # as its claims may
+            mel = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header fails in a dozen ways
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(mel, np.ndarray) or mel.dtype.kind not in "fiu":
@@ -149,7 +192,8 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
         turned = mel.ndim == 2 and mel.shape[1] == num_mels
         hint = "; it looks transposed: save mel.T" if turned else ""
         raise UserError(f"{path}: shape {list(shape)}; expected [{num_mels}, T] frames{hint}")
-    mel = torch.from_numpy(mel.astype(np.float32, order="C"))
+    with np.errstate(over="ignore"):  # becomes infinite
+        mel = torch.from_numpy(mel.astype(np.float32, order="C"))
     if not mel.isfinite().all():
         raise UserError(f"{path}: holds values that are NaN or infinite")
     return mel
@@ -304,15 +348,24 @@ class EndlessBatches(torch.utils.data.Sampler):
 
 def main() -> int:
     """Writes `<output_dir>/<id>.npy`, [num_mels, T], for each audio file."""
-    parser = argparse.ArgumentParser(
-        description="Writes the log-mels of audio files as .npy: to try fine-tuning and "
-        "inference_e2e.py without an acoustic model, and to compare an acoustic model's mels with.",
-        epilog="Example: python meldataset.py --config config_v1.json --input_wavs_dir "
-        "LJSpeech-1.1/wavs --output_dir ft_dataset",
+    parser = command_parser(
+        "Writes the log-mels of audio files as <id>.npy, float32 [num_mels, T]: to try\n"
+        "fine-tuning and inference_e2e.py without an acoustic model, and to compare with one's.",
+        example="python meldataset.py --config config_v1.json --input_wavs_dir LJSpeech-1.1/wavs "
+        "--output_dir ft_dataset",
     )
-    parser.add_argument("--config", required=True, help="JSON config that holds the mel's recipe")
-    parser.add_argument("--input_wavs_dir", required=True, help="folder (in depth) or one file")
-    parser.add_argument("--output_dir", required=True, help="where <id>.npy [num_mels, T] go")
+    parser.add_argument(
+        "--config", metavar="FILE", required=True, help="JSON config that holds the mel's recipe"
+    )
+    parser.add_argument(
+        "--input_wavs_dir",
+        metavar="PATH",
+        required=True,
+        help="audio: a folder, searched in depth, or one file",
+    )
+    parser.add_argument(
+        "--output_dir", metavar="DIR", required=True, help="for the mels; made if needed"
+    )
     a = parser.parse_args()
     h = load_config(a.config)
     log_mel = LogMelSpectrogram(h, h.fmax)

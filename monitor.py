@@ -4,7 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from env import Config, mean_over_processes, rank, world_size
+from env import Config, UserError, mean_over_processes, rank, world_size
 from meldataset import MelDataset, audio_seconds
 from state import State
 from utils import plot_spectrogram, say
@@ -37,7 +39,8 @@ class Monitor:
     """What the person watching sees: a bar or lines on the terminal, and TensorBoard.
 
     Every process calls it, the first one shows. With `eval_metrics`, PESQ and its like of the
-    clips that are shown too.
+    clips that are shown too. `error` is what the run shall save and end for: logs that cannot be
+    written.
     """
 
     def __init__(self, state: State, folder: Path, last_step: int, eval_metrics: bool):
@@ -52,9 +55,13 @@ class Monitor:
             unit="step",
             disable=not (is_first and sys.stderr.isatty()),
         )
-        # What a killed run has logged after its last checkpoint will come again.
-        purge_step = state.steps + 1
-        self.writer = SummaryWriter(folder / "logs", purge_step=purge_step) if is_first else None
+        self.logs, self.writer = folder / "logs", None
+        self.error: UserError | None = None
+        threading.excepthook = _leave_to_caller
+        if is_first:
+            with self._noting_errors():
+                # What a killed run has logged after its last checkpoint will come again.
+                self.writer = SummaryWriter(self.logs, purge_step=state.steps + 1)
         self.metrics = BackgroundMetrics(self.h) if eval_metrics and is_first else None
 
     def progress(self, state: State, losses: dict[str, torch.Tensor]) -> None:
@@ -87,15 +94,14 @@ class Monitor:
             "steps_per_second": self.steps_per_second,
         }
         for name, value in scalars.items():
-            self.writer.add_scalar(f"training/{name}", value, state.steps)
+            self._log(SummaryWriter.add_scalar, f"training/{name}", value, state.steps)
 
     def validation(self, state: State, mel_error: float) -> None:
         """The mel error of the validation clips."""
         say(f"Steps : {state.steps}, Validation Mel-Spec. Error : {mel_error:.4f}")
         self.steps, self.time = state.steps, time.monotonic()
-        if self.writer is not None:
-            self.writer.add_scalar("validation/mel_spec_error", mel_error, state.steps)
-            self.writer.flush()
+        self._log(SummaryWriter.add_scalar, "validation/mel_spec_error", mel_error, state.steps)
+        self._log(SummaryWriter.flush)
 
     def clip(self, steps: int, index: int, real: tuple, generated: tuple) -> None:
         """Sound and picture, (wav [1, N], log-mel [num_mels, T]), of a validation clip.
@@ -114,8 +120,12 @@ class Monitor:
         rate = self.h.sampling_rate
         for tag, (wav, mel) in kinds.items():
             picture = plot_spectrogram(mel.cpu().numpy(), self.h.hop_size / rate)
-            self.writer.add_audio(f"{tag}_{index}", wav, steps, rate)
-            self.writer.add_figure(f"{tag}_spec_{index}", picture, steps)
+            self._log(SummaryWriter.add_audio, f"{tag}_{index}", wav, steps, rate)
+            self._log(SummaryWriter.add_figure, f"{tag}_spec_{index}", picture, steps)
+
+    def flush(self) -> None:
+        """Writes what TensorBoard still waits for: a save's steps will not come again."""
+        self._log(SummaryWriter.flush)
 
     def finish(self) -> None:
         """Waits, a while, for the metrics of the last validation."""
@@ -126,8 +136,22 @@ class Monitor:
         self.bar.close()
         if self.metrics is not None:
             self.metrics.close()
+        self._log(SummaryWriter.close)
+
+    def _log(self, write: Callable, *arguments) -> None:
+        """Calls a method of the writer, where there is one."""
         if self.writer is not None:
-            self.writer.close()
+            with self._noting_errors():
+                write(self.writer, *arguments)
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """Makes a failure to write `error`; from then on nothing is logged."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            self.error = UserError(f"{self.logs}: cannot be written ({error.strerror or error})")
 
     def _write_metrics(self, patience: float = 0) -> None:
         """Writes the metrics that have been measured by now, or in `patience` seconds."""
@@ -135,10 +159,16 @@ class Monitor:
             return
         for steps, means in self.metrics.finished(patience):
             for name, value in means.items():
-                self.writer.add_scalar(f"validation/{name}", value, steps)
+                self._log(SummaryWriter.add_scalar, f"validation/{name}", value, steps)
+            self._log(SummaryWriter.flush)
             text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
             say(f"Steps : {steps}, Validation metrics : {text}")
-            self.writer.flush()
+
+
+def _leave_to_caller(raised: threading.ExceptHookArgs) -> None:
+    """SummaryWriter's thread hands its errors to the next call: no traceback is wanted as well."""
+    if not isinstance(raised.exc_value, OSError):
+        threading.__excepthook__(raised)
 
 
 class BackgroundMetrics:

@@ -1,14 +1,21 @@
 """What training owns, and how it lies on disk: `g_*`, the generator, and `do_*`, all the rest."""
 
+import contextlib
+import dataclasses
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from env import Config, UserError, max_over_processes, rank, world_size
-from meldataset import LogMelSpectrogram
+from env import Config, UserError, load_config, max_over_processes, rank, world_size
+from meldataset import LogMelSpectrogram, MelLoss
 from models import Discriminators, Generator, modern_keys
 from utils import (
     checkpoint_path,
@@ -18,13 +25,21 @@ from utils import (
     load_optimizer,
     load_weights,
     paired_steps,
-    save_checkpoint,
     say,
+    writing_checkpoint,
 )
 
 NEVER = 2**62
 GENERATOR_KEYS = ("generator",)  # of g_* files
 TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_* files
+
+# What of its config a run may go on without. The rest is the model's and the mel's: g_* files are
+# read with it, and much of it could change without a tensor's shape telling.
+CHANGEABLE_KEYS = {
+    *("segment_size", "batch_size", "learning_rate", "adam_b1", "adam_b2", "lr_decay", "seed"),
+    *("num_workers", "lambda_mel", "lambda_feature"),
+    *("fmax_for_loss", "n_ffts_for_loss", "num_mels_for_loss"),
+}
 
 
 @dataclass
@@ -38,7 +53,8 @@ class State:
     discriminators: Discriminators
     optim_g: torch.optim.Optimizer
     optim_d: torch.optim.Optimizer
-    mel_for_loss: LogMelSpectrogram
+    mel_loss: MelLoss
+    mel_for_loss: LogMelSpectrogram  # HiFi-GAN's, for validation whatever the loss
     # The same modules as one process of several runs them: averaging gradients over all.
     shared_generator: nn.Module
     shared_discriminators: nn.Module
@@ -75,6 +91,7 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
         discriminators=discriminators,
         optim_g=adamw(generator),
         optim_d=adamw(discriminators),
+        mel_loss=MelLoss(h).to(device),
         mel_for_loss=LogMelSpectrogram(h, h.fmax_for_loss).to(device),
         shared_generator=generator,
         shared_discriminators=discriminators,
@@ -99,10 +116,51 @@ def share_over_processes(state: State) -> None:
     )
 
 
-def save(state: State, folder: Path, keep: int) -> None:
-    """Writes `do_` and then `g_`, each whole or not at all, and removes all but `keep` `do_` files.
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps other runs out of `folder`, by a lock of the first process that ends when it does.
 
-    So a `g_` never stands without a `do_` that was written before it.
+    Where the file system has no locks, says so and goes on.
+
+    Raises:
+        UserError: another run is at work there, or the folder cannot be written.
+    """
+    if rank() > 0:
+        yield
+        return
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, mode=0o666)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    with open(handle, "r+b", buffering=0) as file:
+        _lock(file, folder)
+        yield
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    try:
+        # Unlike flock's, a lock of this kind is not handed on to data workers, who outlive a kill.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        host, _, process = file.read().decode().partition(" ")
+        raise UserError(
+            f"{folder}: in use by another run, process {process or '?'} on {host or '?'}; stop "
+            "that one, or give this one a --checkpoint_path of its own"
+        ) from None
+    except OSError as error:
+        say(f"{folder}: cannot be locked ({error.strerror}); see that no other run writes there")
+    with contextlib.suppress(OSError):  # a full disk; it locks all the same
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()}".encode())
+
+
+def save(state: State, folder: Path, keep: int) -> None:
+    """Writes `do_` and `g_`, and removes `do_` files that are older than the newest `keep` pairs.
+
+    Both are written before either gets its name, `do_` first: so a `g_` never stands without the
+    `do_` of the same save.
 
     Raises:
         UserError: a loss or a weight is not finite, and nothing was written; or a full disk.
@@ -122,12 +180,15 @@ def save(state: State, folder: Path, keep: int) -> None:
         "epoch": state.epoch,
         "epoch_step": state.epoch_step,
     }
-    save_checkpoint(checkpoint_path(folder, "do", state.steps), contents)
     generator = {"generator": state.generator.state_dict()}
-    save_checkpoint(checkpoint_path(folder, "g", state.steps), generator)
-    older = [steps for steps in checkpoint_steps(folder, "do") if steps <= state.steps]
-    for steps in older[:-keep]:
-        checkpoint_path(folder, "do", steps).unlink(missing_ok=True)
+    g_path, do_path = (checkpoint_path(folder, prefix, state.steps) for prefix in ("g", "do"))
+    with writing_checkpoint(g_path, generator), writing_checkpoint(do_path, contents):
+        # Of a run that has gone back since; after a kill it would pair with this `do_`.
+        g_path.unlink(missing_ok=True)
+    kept = [steps for steps in paired_steps(folder) if steps <= state.steps][-keep:]
+    for steps in checkpoint_steps(folder, "do"):
+        if steps < kept[0]:
+            checkpoint_path(folder, "do", steps).unlink(missing_ok=True)
 
 
 def check_losses(state: State, folder: Path) -> None:
@@ -150,7 +211,8 @@ def resume(state: State, folder: Path) -> bool:
     HiFi-GAN's own files will do. Damaged files are named and left alone.
 
     Raises:
-        UserError: a pair that does not fit the config, or files from which nothing can be resumed.
+        UserError: a pair that does not fit the config, a config of another model or mel, or files
+            from which nothing can be resumed.
     """
     pairs = paired_steps(folder)
     for steps in reversed(pairs):
@@ -161,6 +223,7 @@ def resume(state: State, folder: Path) -> bool:
             say(f"skipped: {error}")
             continue
         _restore(state, g, do, paths)
+        _check_config(state.h, folder / "config.json")
         say(f"resumed from {paths[0]} and {paths[1].name}, after {state.steps} steps")
         return True
     if pairs:
@@ -187,6 +250,19 @@ def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
     load_optimizer(state.optim_d, do["optim_d"], paths[1])
     state.steps, state.epoch = do["steps"], do["epoch"]
     state.epoch_step = do.get("epoch_step", 0)  # not in HiFi-GAN's files
+
+
+def _check_config(h: Config, path: Path) -> None:
+    """Raises UserError where a run that has the config at `path` cannot go on with `h`."""
+    if not path.exists():  # files of HiFi-GAN may come alone
+        return
+    before, now = (dataclasses.asdict(each) for each in (load_config(path), h))
+    for key, value in before.items():
+        if key not in CHANGEABLE_KEYS and now[key] != value:
+            raise UserError(
+                f"{path}: {key} = {value}, but now {now[key]}: expected the same model and mel; to "
+                "begin with its weights, pass --warm_start and another --checkpoint_path"
+            )
 
 
 def warm_start(state: State, paths: list[Path]) -> None:

@@ -10,6 +10,7 @@ counts completed updates everywhere.
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -45,12 +46,22 @@ from state import (
     State,
     build_state,
     check_losses,
+    locked,
     resume,
     save,
     share_over_processes,
     warm_start,
 )
-from utils import boolean, command_line, natural, positive, remove_temporary_files, replacing, say
+from utils import (
+    boolean,
+    command_line,
+    command_parser,
+    natural,
+    positive,
+    remove_temporary_files,
+    replacing,
+    say,
+)
 
 SHOWN_CLIPS = 5  # of the validation clips go to TensorBoard, as in HiFi-GAN
 BAD_DATA = 1  # exit status
@@ -94,20 +105,13 @@ def generator_step(
 ) -> dict:
     """Updates the generator."""
     losses = adversarial_losses(state, wav, wav_hat) if adversarial else {}
-    losses["mel_spec_error"] = mel_loss(state, wav, wav_hat)
+    losses["mel_spec_error"] = state.mel_loss(wav_hat.squeeze(1), wav.squeeze(1))
     weights = {"gen_loss_feature": state.h.lambda_feature, "mel_spec_error": state.h.lambda_mel}
     loss = sum(weights.get(name, 1) * value for name, value in losses.items())
     state.optim_g.zero_grad()
     loss.backward()
     state.optim_g.step()
     return {name: value.detach() for name, value in ({"gen_loss_total": loss} | losses).items()}
-
-
-def mel_loss(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -> torch.Tensor:
-    """The mean distance of the log-mels (HiFi-GAN, eq. 3)."""
-    with torch.no_grad():
-        mel = state.mel_for_loss(wav.squeeze(1))
-    return F.l1_loss(state.mel_for_loss(wav_hat.squeeze(1)), mel)
 
 
 def adversarial_losses(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -> dict:
@@ -164,14 +168,21 @@ def own_share(clips: MelDataset) -> list[int]:
 
 @torch.no_grad()
 def validate(state: State, clips: MelDataset, monitor: Monitor) -> float:
-    """The mean mel error of whole clips, which the processes share out."""
+    """The mean mel error of whole clips, which the processes share out; NaN where one is unusable.
+
+    Such a clip becomes the monitor's error, so that the run saves and ends.
+    """
     state.generator.eval()
     error_sum = torch.zeros((), device=state.device)
     # cuDNN would try its algorithms anew for the length of each clip.
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     with parametrize.cached():
         for index in own_share(clips):
-            mel_in, wav = (x.to(state.device) for x in clips.whole(index))
+            try:
+                mel_in, wav = (x.to(state.device) for x in clips.whole(index))
+            except UserError as error:
+                monitor.error, error_sum = error, error_sum + math.nan
+                continue
             with state.autocast():
                 wav_hat = state.generator(mel_in.unsqueeze(0))[0]
             mel, mel_hat = state.mel_for_loss(wav)[0], state.mel_for_loss(wav_hat)[0]
@@ -236,12 +247,20 @@ def fetch(batches: Iterator) -> tuple[list[torch.Tensor], UserError | None]:
         return [], error
 
 
+def find_last_step(a: argparse.Namespace, state: State, steps_per_epoch: int) -> int:
+    """Where --training_epochs or --training_steps ends the run, whichever comes first."""
+    left_in_epochs = (a.training_epochs - state.epoch) * steps_per_epoch - state.epoch_step
+    return min(state.steps + left_in_epochs, a.training_steps or NEVER)
+
+
 def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelDataset) -> int:
-    """Trains until the last step, a signal or an unusable clip, and saves; returns the status."""
+    """Trains until the last step, a signal, an unusable clip or unwritable logs, and saves.
+
+    Returns the exit status.
+    """
     folder, steps_per_epoch = Path(a.checkpoint_path), len(clips) // state.h.batch_size
     state.end_epoch(steps_per_epoch)  # the corpus may have shrunk since
-    left_in_epochs = (a.training_epochs - state.epoch) * steps_per_epoch - state.epoch_step
-    last_step = min(state.steps + left_in_epochs, a.training_steps or NEVER)
+    last_step = find_last_step(a, state, steps_per_epoch)
     if state.steps >= last_step:
         done = f"{state.steps} steps and {state.epoch} epochs are done"
         say(f"nothing to do: {done}; raise --training_steps or --training_epochs")
@@ -251,6 +270,7 @@ def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelD
     with contextlib.closing(Monitor(state, folder, last_step, a.eval_metrics)) as monitor:
         while state.steps < last_step:
             batch, error = fetch(batches)
+            error = error or monitor.error
             status = max_over_processes(BAD_DATA if error else request.status)
             if status:
                 break
@@ -264,6 +284,7 @@ def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelD
             if state.steps % a.summary_interval == 0:
                 monitor.summary(state, losses)
             if state.steps % a.checkpoint_interval == 0:
+                monitor.flush()
                 save(state, folder, keep=a.keep_checkpoints)
                 saved_step = state.steps
             if state.steps % a.validation_interval == 0 and len(validation):
@@ -272,8 +293,8 @@ def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelD
             save(state, folder, keep=a.keep_checkpoints)
         if not status:
             monitor.finish()
-    if error:
-        raise error
+    if error or monitor.error:
+        raise error or monitor.error
     if status > BAD_DATA:
         name = signal.Signals(status - 128).name
         say(f"stopped by {name} after step {state.steps}, saved in {folder}")
@@ -285,22 +306,20 @@ def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelD
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; HiFi-GAN's flags keep their names and defaults."""
-    parser = argparse.ArgumentParser(
-        description="Trains a vocoder. Run it again to resume; Ctrl-C saves and stops.",
-        epilog="Example: python train.py --config config_v2.json --input_wavs_dir my_voice/wavs "
-        "--input_training_file my_voice/training.txt "
-        "--input_validation_file my_voice/validation.txt --checkpoint_path cp_my_voice",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command_parser(
+        "Trains a vocoder. Run it again to resume; Ctrl-C saves and stops.",
+        example="python train.py --config config_v2.json --input_wavs_dir my_voice/wavs \\\n"
+        "    --input_training_file my_voice/training.txt \\\n"
+        "    --input_validation_file my_voice/validation.txt --checkpoint_path cp_my_voice",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--input_wavs_dir", default="LJSpeech-1.1/wavs", help="audio, any format")
-    data.add_argument("--input_mels_dir", default="ft_dataset", help="<id>.npy, for fine-tuning")
-    data.add_argument(
-        "--input_training_file", default="LJSpeech-1.1/training.txt", help="a line a clip: id|..."
-    )
-    data.add_argument(
-        "--input_validation_file", default="LJSpeech-1.1/validation.txt", help="the same"
-    )
+    for flag, metavar, default, meaning in (
+        ("input_wavs_dir", "DIR", "LJSpeech-1.1/wavs", "audio in any format and at any rate"),
+        ("input_mels_dir", "DIR", "ft_dataset", "<id>.npy [num_mels, T], for --fine_tuning"),
+        ("input_training_file", "FILE", "LJSpeech-1.1/training.txt", "a line a clip: id|..."),
+        ("input_validation_file", "FILE", "LJSpeech-1.1/validation.txt", "the same"),
+    ):
+        data.add_argument(f"--{flag}", metavar=metavar, default=default, help=meaning)
     data.add_argument(
         "--fine_tuning",
         type=boolean,
@@ -309,9 +328,14 @@ def parse_arguments() -> argparse.Namespace:
         help="learn from an acoustic model's mels in --input_mels_dir",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--config", required=True, help="JSON config, HiFi-GAN's format")
     model.add_argument(
-        "--checkpoint_path", default="cp_misrnet", help="folder to resume from and to save to"
+        "--config", metavar="FILE", required=True, help="JSON config, HiFi-GAN's format"
+    )
+    model.add_argument(
+        "--checkpoint_path",
+        metavar="DIR",
+        default="cp_misrnet",
+        help="to resume from and to save to",
     )
     model.add_argument(
         "--warm_start",
@@ -397,7 +421,8 @@ def main() -> int:
         )
     for index in own_share(validation):  # an unusable clip shall end the run now, not hours later
         validation.whole(index)
-    status = train(a, select_device(a.device), clips, validation)
+    with locked(a.checkpoint_path):
+        status = train(a, select_device(a.device), clips, validation)
     leave_processes()
     return status
 

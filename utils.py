@@ -1,46 +1,71 @@
 """What every script shares: files in and out, checkpoints, pictures and the command line."""
 
 import argparse
+import errno
+import io
 import os
 import re
 import signal
 import sys
 import tempfile
+import warnings
+import wave
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from env import UserError, rank
+from env import UserError, one_line, rank
 
+MODULE_NAMES = ("generator", "mpd", "msd")  # whose weights a checkpoint holds
+COUNT_NAMES = ("steps", "epoch", "epoch_step")
 PCM16_MAX = 32767
 PICTURED_LOG_MELS = (-11.5, 2.0)  # one scale, so that pictures compare: silence to loud speech
 
 
 def command_line(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits with its status; a UserError becomes one line."""
+    """Runs a script's `main` and exits with its status.
+
+    A UserError, and want of memory, become one line.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no text
+    # So that a terminated script, too, removes its temporary files.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except UserError as error:
-        # An error from a data worker arrives with the worker's traceback before it.
-        message = str(error).rsplit("UserError: ", 1)[-1]
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory; a smaller model, batch or file needs less", file=sys.stderr)
+        sys.exit(UserError.exit_status)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True where no memory was left; on CPUs that is no torch.OutOfMemoryError."""
+    words = ("allocate memory", "out of memory", "enough memory")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def say(text: str) -> None:
     """Prints on the first process, above a progress bar."""
-    if rank() == 0:
+    if rank() > 0:
+        return
+    try:
         tqdm.write(text)
         sys.stdout.flush()
+    except OSError:  # a closed pipe or, to a file, a full disk: no reason to end a run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def boolean(text: str) -> bool:
@@ -65,6 +90,27 @@ def natural(text: str) -> int:
     return int(text)
 
 
+class WriteError(UserError):
+    """A file cannot be written: the disk is full, say, and the next file would fare no better."""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of descriptions and examples, and names the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_switch = action.nargs == 0
+        says_something = not (action.required or is_switch or action.default in (None, []))
+        is_named = "(default:" in action.help or action.default is argparse.SUPPRESS
+        return action.help + " (default: %(default)s)" * (says_something and not is_named)
+
+
+def command_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose --help names defaults and ends with `example`, ready to be copied."""
+    return argparse.ArgumentParser(
+        description=description, epilog=f"example:\n  {example}", formatter_class=_HelpFormatter
+    )
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and renames it to `path` once it is written whole.
@@ -73,13 +119,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     cut. Folders are made as needed.
 
     Raises:
-        UserError: the file cannot be written.
+        WriteError: the file cannot be written.
+        UserError: its name is too long.
     """
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        prefix = f".{path.name[:50]}."  # a name of 255 bytes leaves no room for more
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -88,16 +136,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        kind = UserError if error.errno == errno.ENAMETOOLONG else WriteError
+        raise kind(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 def remove_temporary_files(folder: str | Path) -> None:
-    """Removes what a killed process has left of `replacing` checkpoints in `folder`."""
-    for pattern in (".g_*.tmp", ".do_*.tmp"):
-        for path in Path(folder).glob(pattern):
+    """Removes what a killed run has left of `replacing` its own files in `folder`; no other's."""
+    for path in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(r"\.((g|do)_\d{8,}|config\.json)\.\w+\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -124,12 +173,13 @@ def plan_outputs(
     written to an `output_dir` inside `inputs`.
 
     Raises:
-        UserError: nothing to do, or two inputs that would make the same output.
+        UserError: nothing to do, two inputs that would make the same output, or one that would be
+            written elsewhere, through a link.
     """
     inputs, output_dir = Path(inputs), Path(output_dir)
-    if inputs.is_file():
+    if os.path.isfile(inputs):  # Path.is_file raises where a name is too long
         return [Job(inputs, output_dir / f"{inputs.stem}{ending}")]
-    if not inputs.is_dir():
+    if not os.path.isdir(inputs):
         raise UserError(f"{inputs}: no such file or folder")
     files = sorted(path for path in inputs.rglob("*") if path.is_file())
     target = output_dir.resolve()
@@ -140,7 +190,8 @@ def plan_outputs(
     chosen = [path for path in files if path.suffix.lower() in extensions]
     if len(chosen) < len(files):
         others = len(files) - len(chosen)
-        print(f"{inputs}: {others} files passed over, none of {', '.join(extensions)}")
+        passed = f"{inputs}: {others} files passed over, none of {', '.join(extensions)}"
+        print(one_line(passed))
     if not chosen:
         raise UserError(f"{inputs}: no files with an extension of {', '.join(extensions)}")
     makers = {}
@@ -148,8 +199,15 @@ def plan_outputs(
         output = output_dir / path.relative_to(inputs).with_name(f"{path.stem}{ending}")
         if output in makers:
             raise UserError(f"{makers[output]} and {path} would both be written to {output}")
+        check_inside(output_dir, output)
         makers[output] = path
     return [Job(path, output) for output, path in makers.items()]
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Raises UserError where a link in `folder` would let `path` be written outside of it."""
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path.parent}: a link that leads out of {folder}; remove it")
 
 
 def process_files(
@@ -158,12 +216,17 @@ def process_files(
     """Calls `process(batch)`, which yields the errors of the files it must skip, for each batch.
 
     Returns the exit status: 0, or 1 where any was skipped.
+
+    Raises:
+        WriteError: one of the errors.
     """
     files = sum(len(batch) for batch in batches)
     failures = 0
     with tqdm(total=files, unit="file", disable=None) as bar:
         for batch in batches:
             for error in process(batch):
+                if isinstance(error, WriteError):
+                    raise error
                 failures += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
             bar.update(len(batch))
@@ -175,17 +238,14 @@ def write_wav(path: str | Path, pieces: Iterable[torch.Tensor], sampling_rate: i
     """Writes a waveform, as its pieces [N] come, as PCM 16, clamped: +1.0 is 32767, never wraps.
 
     Raises:
-        UserError: NaN or infinity in it, or the file cannot be written.
+        UserError: NaN or infinity in it.
+        WriteError: the file cannot be written.
     """
-    with replacing(path) as temporary:
-        try:
-            with soundfile.SoundFile(
-                temporary, "w", sampling_rate, channels=1, subtype="PCM_16", format="WAV"
-            ) as file:
-                for piece in pieces:
-                    file.write(_pcm16(piece, path))
-        except soundfile.SoundFileError as error:  # how it reports a full disk
-            raise UserError(f"{path}: cannot be written ({error})") from None
+    # Not with soundfile, to which a full disk is a "System error".
+    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
+        file.setparams((1, 2, sampling_rate, 0, "NONE", ""))
+        for piece in pieces:
+            file.writeframesraw(_pcm16(piece, path).tobytes())
 
 
 def _pcm16(wav: torch.Tensor, path: str | Path) -> np.ndarray:
@@ -197,8 +257,10 @@ def _pcm16(wav: torch.Tensor, path: str | Path) -> np.ndarray:
 
 def write_npy(path: str | Path, array: np.ndarray) -> None:
     """Writes one array as a .npy file."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
+    buffer = io.BytesIO()  # into a file, numpy overlooks a disk that fills at the very end
+    np.save(buffer, array)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def plot_spectrogram(mel: np.ndarray, hop_seconds: float) -> Figure:
@@ -222,11 +284,20 @@ def plot_spectrogram(mel: np.ndarray, hop_seconds: float) -> Figure:
 
 def save_checkpoint(path: str | Path, contents: dict) -> None:
     """Writes tensors and plain types, whole or not at all."""
+    with writing_checkpoint(path, contents):
+        pass
+
+
+@contextmanager
+def writing_checkpoint(path: str | Path, contents: dict) -> Iterator[None]:
+    """As `save_checkpoint`, but the file gets its name when the block ends well."""
     with replacing(path) as temporary:
         try:
-            torch.save(contents, temporary)
-        except RuntimeError as error:  # how torch reports a full disk
-            raise UserError(f"{path}: cannot be written ({error})") from None
+            with open(temporary, "wb") as file:  # its errors say more than torch's own
+                torch.save(contents, file)
+        except RuntimeError:
+            raise WriteError(f"{path}: cannot be written (is the disk full?)") from None
+        yield
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -235,16 +306,49 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         UserError: missing, damaged or unsafe file.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            _check_uncompressed(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles of other versions, which load or do not
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive fails in a dozen ways
         reason = str(error).split(". ")[0] or type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path}: not a checkpoint of this family, which hold a dictionary")
+    for name in MODULE_NAMES:
+        _check_weights(contents.get(name, {}), f"{path}: its {name}")
+    for name in COUNT_NAMES:
+        count = contents.get(name, 0)
+        if type(count) is not int or not 0 <= count < 2**62:
+            raise UserError(f"{path}: {name} = {count}: expected an integer of 0 or more")
     return contents
+
+
+def _check_uncompressed(path: str | Path) -> None:
+    """Raises ValueError for an archive that would grow: torch writes none, and a trap might."""
+    with zipfile.ZipFile(path) as archive:
+        if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+            raise ValueError("a compressed archive")
+
+
+def _is_plain(value: object) -> bool:
+    """True for a tensor of floating-point numbers that are really there."""
+    is_dense = torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+    return is_dense and value.is_floating_point()
+
+
+def _check_weights(weights: dict, owner: str) -> None:
+    """Raises UserError where `weights` are no real numbers under names."""
+    if not isinstance(weights, dict):
+        raise UserError(f"{owner} holds no weights but one {type(weights).__name__}")
+    for key, value in weights.items():
+        if not isinstance(key, str) or not _is_plain(value):
+            kind = value.type() if torch.is_tensor(value) else type(value).__name__
+            raise UserError(f"{owner} holds {kind} as {key}; expected floating-point tensors")
 
 
 def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
@@ -254,7 +358,10 @@ def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> No
         UserError: they are not this module's; the message names the first difference.
     """
     try:
-        module.load_state_dict(weights)
+        if any(p.is_meta for p in module.parameters()):  # a dry run: it has no memory to copy to
+            module.load_state_dict(dict(weights), assign=True)  # torch notes this in its argument
+        else:
+            module.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         detail = (str(error).splitlines()[1:] or [str(error)])[0].strip()
         raise UserError(f"{path}: does not fit the config: {detail}") from None
@@ -269,15 +376,38 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Pa
         UserError: the moments are not of these parameters.
     """
     try:
-        (ours,), (theirs,) = optimizer.state_dict()["param_groups"], saved["param_groups"]
-        moments = saved["state"]
-        for param, key in zip(optimizer.param_groups[0]["params"], theirs["params"], strict=True):
-            if key in moments and moments[key]["exp_avg"].shape != param.shape:
-                raise ValueError("other shapes")
-        groups = [ours | {"params": theirs["params"]}]
+        (ours,) = optimizer.state_dict()["param_groups"]
+        (theirs,) = _expect(list, _expect(dict, saved)["param_groups"])
+        keys = _expect(list, _expect(dict, theirs)["params"])
+        moments = _expect(dict, saved["state"])
+        for param, key in zip(optimizer.param_groups[0]["params"], keys, strict=True):
+            if key in moments:
+                _check_moments(_expect(dict, moments[key]), param)
+        groups = [ours | {"params": keys}]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer does not fit the config ({error})") from None
+
+
+def _expect(kind: type, value: object):
+    """`value`, which must be of `kind`; a tensor would pass for either in its own way."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{type(value).__name__} in place of {kind.__name__}")
+    return value
+
+
+def _check_moments(moments: dict, param: torch.Tensor) -> None:
+    """Raises ValueError, KeyError, TypeError or AttributeError where they are not `param`'s."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        if moments[name].shape != param.shape:
+            raise ValueError("other shapes")
+        if not _is_plain(moments[name]):
+            raise ValueError(f"{name} holds no floating-point numbers")
+    step = moments["step"]  # an integer in HiFi-GAN's files
+    if torch.is_tensor(step):
+        step = step.detach() if _is_plain(step) and step.numel() == 1 else "no number"
+    if not float(step) >= 0:
+        raise ValueError(f"step = {step}")
 
 
 def load_matching(module: torch.nn.Module, weights: dict) -> tuple[list[str], list[str]]:

@@ -64,7 +64,11 @@ def speech_like(seconds: float, sampling_rate: int = 22050, seed: int = 0) -> np
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder with wavs/ of 7 clips, training.txt with 5 of them and validation.txt with 2."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_corpus(folder: Path) -> Path:
+    """Fills `folder` as `corpus` says, and returns it."""
     (folder / "wavs").mkdir()
     names = [f"clip{i}" for i in range(7)]
     for i, name in enumerate(names):

@@ -59,7 +59,8 @@ def test_a_frame_reaches_as_far_as_the_receptive_field(h):
     before, after = generator.receptive_field
     mel = torch.zeros(h.num_mels, 41)
     mel[:, 20] = torch.nan
-    touched = synthesize(generator, mel).isnan().nonzero() // h.hop_size
+    with torch.no_grad():
+        touched = generator(mel[None])[0, 0].isnan().nonzero() // h.hop_size
     assert 20 - after <= touched.min() <= 20 - after + 1
     assert 20 + before - 1 <= touched.max() <= 20 + before
 

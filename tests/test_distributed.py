@@ -32,7 +32,7 @@ def one_step(rank: int, world_size: int, port: int, folder: Path) -> None:
     h = env.load_config(folder / "toy.json")
     torch.set_default_dtype(torch.float64)
     state = build_state(h, device)
-    state.mel_for_loss.double()
+    state.mel_loss.double()
     share_over_processes(state)
     torch.manual_seed(0)
     mel = torch.randn(4, h.num_mels, h.segment_size // h.hop_size)

@@ -71,6 +71,10 @@ BROKEN_MISR = [
     ("fmax", 0, "more than fmin, 0"),
     ("fmax", 11026, "at most sampling_rate / 2, 11025"),
     ("fmax_for_loss", 11026, "at most sampling_rate / 2, 11025"),
+    ("n_ffts_for_loss", [], "one or more multiples of 8"),
+    ("n_ffts_for_loss", [32], "at least 64 each"),
+    ("n_ffts_for_loss", [1022], "one or more multiples of 8"),
+    ("num_mels_for_loss", [80], "one number of bands for each of the 0 n_ffts_for_loss"),
     # Upsampling
     ("upsample_rates", [], "one or more positive rates"),
     ("upsample_rates", [8, 8, -2, -2], "one or more positive rates"),

@@ -3,6 +3,9 @@
 import math
 import pickle
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +22,7 @@ from env import Config, UserError, load_config
 from inference import load_generator, stream, synthesize, synthesize_batch
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, wav_mel
 from models import Generator, ResBlock1, ResBlock2
-from tests.conftest import run_main, speech_like, write_config
+from tests.conftest import ROOT, run_main, speech_like, write_config
 from utils import save_checkpoint
 
 RATE = 22050
@@ -492,7 +495,7 @@ def truncated(folder: Path) -> str:
 def no_config(folder: Path) -> str:
     new_checkpoint(folder)
     (folder / "config.json").unlink()
-    return "config.json"
+    return "g_00000001"
 
 
 def damaged_config(folder: Path) -> str:
@@ -724,3 +727,23 @@ def test_too_little_memory_is_said_in_one_line(checkpoint, wavs, tmp_path, monke
     with pytest.raises(UserError, match="out of memory; try a smaller --chunk_frames"):
         vocode(checkpoint, wavs, tmp_path / "out")
     assert files_in(tmp_path / "out") == []
+
+
+def test_a_terminated_run_leaves_no_temporary_file(exported, tmp_path):
+    soundfile.write(tmp_path / "long.wav", np.zeros(22050 * 600, np.float32), 22050)
+    flags = (
+        "--checkpoint_file",
+        exported / "g_00500000",
+        "--input_wavs_dir",
+        tmp_path / "long.wav",
+    )
+    output = tmp_path / "out"
+    command = [sys.executable, "inference.py", *flags, "--output_dir", output, "--chunk_frames", 8]
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("*.tmp")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 143
+    assert list(output.iterdir()) == []

@@ -21,6 +21,7 @@ from meldataset import (
     EndlessBatches,
     LogMelSpectrogram,
     MelDataset,
+    MelLoss,
     WavMel,
     load_mel,
     load_wav,
@@ -141,6 +142,45 @@ def test_mel_of_silence_is_its_floor_and_has_a_finite_gradient(tmp_path):
     mel.sum().backward()
     torch.testing.assert_close(mel, torch.full((1, 80, FRAMES), SILENCE))
     assert wav.grad.isfinite().all()
+
+
+# --- MelLoss
+
+
+def test_the_mel_loss_is_the_mean_distance_of_the_configs_mels(tmp_path):
+    h = toy_config(tmp_path)
+    wavs = torch.randn(2, 2, 2048)
+    expected = (LogMelSpectrogram(h, None)(wavs[0]) - LogMelSpectrogram(h, None)(wavs[1])).abs()
+    torch.testing.assert_close(MelLoss(h)(*wavs), expected.mean())
+
+
+def test_a_mel_loss_of_several_resolutions_is_the_mean_of_theirs(tmp_path):
+    """Against librosa's mels, in numpy, with the windows as far from the ends."""
+    sizes = {"n_ffts_for_loss": [256, 2048], "num_mels_for_loss": [20, 100]}
+    h = toy_config(tmp_path, **sizes)
+    wavs = np.random.default_rng(0).standard_normal((2, 8192)).astype(np.float32)
+    errors = []
+    for n_fft, num_mels in ((256, 20), (2048, 100)):
+        padded = np.pad(wavs, ((0, 0), (3 * n_fft // 8, 3 * n_fft // 8)), mode="reflect")
+        log_mels = [
+            np.log(
+                librosa.feature.melspectrogram(
+                    y=wav, sr=22050, n_fft=n_fft, hop_length=n_fft // 4, n_mels=num_mels, fmin=0,
+                    fmax=11025, center=False, power=1,
+                )
+            )
+            for wav in padded
+        ]  # fmt: skip
+        errors.append(np.abs(log_mels[0] - log_mels[1]).mean())
+    loss = MelLoss(h)(*torch.from_numpy(wavs)[:, None])
+    assert float(loss) == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_the_mel_loss_teaches_the_generated_side_only(tmp_path):
+    wav_hat, wav = (torch.randn(1, 2048, requires_grad=True) for _ in range(2))
+    MelLoss(toy_config(tmp_path))(wav_hat, wav).backward()
+    assert wav_hat.grad.abs().sum() > 0
+    assert wav.grad is None
 
 
 # --- WavMel

@@ -1,0 +1,492 @@
+"""Files made to harm: they run nothing, write nothing elsewhere, and are named in one line."""
+
+import io
+import os
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import evaluate
+import export_onnx
+import inference
+import inference_e2e
+import meldataset
+import train
+from env import UserError, load_config, one_line
+from models import Generator
+from tests.conftest import ROOT, corpus_arguments, run_main, speech_like, write_config
+from utils import command_line, load_checkpoint, save_checkpoint
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def exit_of(main: Callable[[], int | None]) -> int:
+    """The status with which a script ends, its errors printed as for a user."""
+    with pytest.raises(SystemExit) as end:
+        command_line(main)
+    return end.value.code or 0
+
+
+def one_line_of(capsys) -> str:
+    """The only line on standard error."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+    return line
+
+
+def tree(folder: Path) -> dict[str, bytes | str]:
+    """Everything in `folder`: the contents of files, the targets of links."""
+    return {
+        str(path): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A toy g_ file with its config.json."""
+    folder = tmp_path_factory.mktemp("cp")
+    generator = Generator(load_config(write_config(folder / "config.json")))
+    save_checkpoint(folder / "g_00000001", {"generator": generator.state_dict()})
+    return folder / "g_00000001"
+
+
+@pytest.fixture(scope="module")
+def clip() -> bytes:
+    """A wav file."""
+    file = io.BytesIO()
+    soundfile.write(file, speech_like(0.05), 22050, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+def vocode(checkpoint: Path, inputs: Path, output_dir: Path, module=inference) -> int:
+    kind = "wavs" if module is inference else "mels"
+    return run_main(
+        module,
+        *(f"--input_{kind}_dir", inputs, "--output_dir", output_dir),
+        *("--checkpoint_file", checkpoint, "--device", "cpu"),
+    )
+
+
+# --- Pickles
+
+
+def zipped(contents: object, path: Path) -> None:
+    torch.save(contents, path)
+
+
+def legacy(contents: object, path: Path) -> None:
+    torch.save(contents, path, _use_new_zipfile_serialization=False)
+
+
+def pickled(contents: object, path: Path) -> None:
+    path.write_bytes(pickle.dumps(contents, protocol=2))
+
+
+def object_array(contents: object, path: Path) -> None:
+    with open(path, "wb") as file:
+        np.save(file, np.array([[contents]], dtype=object), allow_pickle=True)
+
+
+def spring(path: Path) -> None:
+    """Unpickles `path`, as one must not."""
+    if path.read_bytes()[:6] == b"\x93NUMPY" or path.suffix == ".npy":
+        np.load(path, allow_pickle=True)
+    else:
+        try:
+            torch.load(path, weights_only=False)
+        except Exception:
+            pickle.loads(path.read_bytes())
+
+
+def train_on(corpus: Path, folder: Path, *flags) -> int:
+    config = write_config(folder / "toy.json")
+    return run_main(
+        train,
+        *(*corpus_arguments(corpus), "--config", config, "--training_steps", 1),
+        *("--checkpoint_path", folder / "run", *flags),
+    )
+
+
+def resume(folder: Path, corpus: Path) -> int:
+    (folder / "run").mkdir()
+    for name in ("g_00000001", "do_00000001"):
+        (folder / "run" / name).write_bytes((folder / "trap").read_bytes())
+    return train_on(corpus, folder)
+
+
+READERS = {
+    "inference.py": lambda folder, _: vocode(folder / "trap", folder, folder / "out"),
+    "inference_e2e.py": lambda folder, _: vocode(
+        folder / "trap", folder, folder / "out", module=inference_e2e
+    ),
+    "export_onnx.py": lambda folder, _: run_main(
+        export_onnx, "--checkpoint_file", folder / "trap", "--output", folder / "a.onnx"
+    ),
+    "train.py, resume": resume,
+    "train.py --warm_start": lambda folder, corpus: train_on(
+        corpus, folder, "--warm_start", folder / "trap"
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("save", [zipped, legacy, pickled])
+@pytest.mark.parametrize("key", ["generator", "optim_g", None])
+def test_no_pickle_in_a_checkpoint_is_run(reader, save, key, corpus, tmp_path, capsys):
+    marker = tmp_path / "marker"
+    trap = Trap(marker) if key is None else {"generator": {}, key: {"a": Trap(marker)}}
+    save(trap, tmp_path / "trap")
+    spring(tmp_path / "trap")
+    marker.unlink()  # so the trap works
+    write_config(tmp_path / "config.json")
+    assert exit_of(lambda: READERS[reader](tmp_path, corpus)) == 1
+    assert str(tmp_path) in one_line_of(capsys)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("save", [object_array, pickled, zipped])
+@pytest.mark.parametrize("reader", ["inference_e2e.py", "train.py --fine_tuning"])
+def test_no_pickle_in_a_mel_is_run(save, reader, checkpoint, corpus, tmp_path, capsys):
+    marker, mels = tmp_path / "marker", tmp_path / "mels"
+    mels.mkdir()
+    for index in range(7):
+        save(Trap(marker), mels / f"clip{index}.npy")
+    if save is zipped:
+        torch.load(mels / "clip0.npy", weights_only=False)
+    else:
+        spring(mels / "clip0.npy")
+    marker.unlink()
+    if reader == "inference_e2e.py":
+        run = partial(vocode, checkpoint, mels / "clip0.npy", tmp_path, module=inference_e2e)
+    else:
+        run = partial(train_on, corpus, tmp_path, "--fine_tuning", True, "--input_mels_dir", mels)
+    assert exit_of(run) == 1
+    line = one_line_of(capsys)
+    assert f"{mels}/clip" in line
+    assert ".npy array" in line
+    assert not marker.exists()
+
+
+def test_a_compressed_archive_is_refused_before_it_grows(tmp_path):
+    plain, bomb = tmp_path / "g_00000001", tmp_path / "g_00000002"
+    save_checkpoint(plain, {"generator": {"a": torch.zeros(25_000_000)}})
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as out:
+        for each in source.infolist():
+            out.writestr(each.filename, source.read(each))
+    assert bomb.stat().st_size < 10**6 < 10**8 < plain.stat().st_size
+    with pytest.raises(UserError, match=r"g_00000002: not a readable checkpoint \(a compressed"):
+        load_checkpoint(bomb)
+
+
+# --- Names
+
+NAMES = {
+    "line feed": b"a\nskipped: b",
+    "escape": b"\x1b[2J\x1b[31mred",
+    "carriage return": b"a\rb",
+    "dash": b"-rf",
+    "option": b"--output_dir=elsewhere",
+    "no UTF-8": b"caf\xe9",
+    "right to left": "\u202ecod.exe".encode(),
+    "line separator": "a\u2028b".encode(),
+    "dots": b"..",
+    "hidden": b".a",
+    "spaces": b"  a  b  ",
+    "shell": b"$(touch elsewhere);`touch elsewhere`",
+    "format": b"%s{}{0}%(a)s",
+    "glob": b"*?[a]",
+    "home": b"~",
+    "200 bytes": b"a" * 200,
+    "backslash": b"a\\..\\b",
+    "tab": b"a\tb",
+    "delete": b"a\x7f\x08b",
+    "UserError": b"UserError: ",
+}
+names = pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+
+
+def make(folder: Path, name: bytes, contents: bytes) -> Path:
+    """A file of that name in `folder`, which may be new."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / os.fsdecode(name)
+    path.write_bytes(contents)
+    return path
+
+
+@names
+def test_odd_names_are_vocoded_and_stay_in_their_folder(name, checkpoint, clip, tmp_path, capsys):
+    make(tmp_path / "in" / "sub", name + b".wav", clip)
+    make(tmp_path / "in", name + b".txt", b"")
+    before = tree(tmp_path)
+    stem = os.fsdecode(name)
+    assert exit_of(lambda: vocode(checkpoint, tmp_path / "in", tmp_path / "out")) == 0
+    assert exit_of(partial(write_mels, checkpoint, tmp_path / "in", tmp_path / "mels")) == 0
+    read = partial(vocode, checkpoint, tmp_path / "mels", tmp_path / "out", module=inference_e2e)
+    assert exit_of(read) == 0
+    assert capsys.readouterr().err == ""
+    assert tree(tmp_path).keys() - before.keys() == {
+        str(tmp_path / "out/sub" / f"{stem}_generated.wav"),
+        str(tmp_path / "mels/sub" / f"{stem}.npy"),
+        str(tmp_path / "out/sub" / f"{stem}_generated_e2e.wav"),
+    }
+
+
+@names
+def test_odd_names_have_a_length(name, clip, tmp_path, monkeypatch):
+    path = make(tmp_path, name + b".wav", clip)
+    assert meldataset.audio_seconds(path) == pytest.approx(0.05, abs=1e-3)
+    h = load_config(write_config(tmp_path / "toy.json"))
+    pair = evaluate.FilePair("a", path, path)
+    monkeypatch.setattr(evaluate, "METRICS", ())
+    assert evaluate.measure_files(pair, h, None).sampling_rates["reference"] == 22050
+
+
+def write_mels(checkpoint: Path, inputs: Path, output_dir: Path) -> int:
+    config = checkpoint.with_name("config.json")
+    flags = ("--config", config, "--input_wavs_dir", inputs, "--output_dir", output_dir)
+    return run_main(meldataset, *flags)
+
+
+@names
+def test_bad_files_of_odd_names_are_named_in_one_line_each(name, checkpoint, tmp_path, capsys):
+    for extension in (b".wav", b".npy"):
+        make(tmp_path / "in", name + extension, b"no such thing")
+    assert exit_of(lambda: vocode(checkpoint, tmp_path / "in", tmp_path / "out")) == 1
+    assert "cannot be read as audio" in one_line_of(capsys)
+    read = partial(vocode, checkpoint, tmp_path / "in", tmp_path / "out", module=inference_e2e)
+    assert exit_of(read) == 1
+    assert "not a readable .npy array" in one_line_of(capsys)
+    folder = make(tmp_path / os.fsdecode(name), b"g_00000001", b"nothing")
+    assert exit_of(lambda: vocode(folder, tmp_path / "in", tmp_path / "out")) == 1
+    assert "g_00000001: not a readable checkpoint" in one_line_of(capsys)
+    config = make(tmp_path, name + b".json", b"{}")
+    flags = ("--config", config, "--input_wavs_dir", tmp_path, "--output_dir", tmp_path)
+    assert exit_of(lambda: run_main(meldataset, *flags)) == 2
+    assert "resblock is missing" in one_line_of(capsys)
+
+
+@names
+def test_odd_names_do_not_break_the_tables_of_evaluate(name, tmp_path, capsys):
+    for folder in ("reference", "generated"):
+        make(tmp_path / folder, name + b".wav", b"no such thing")
+        make(tmp_path / folder, name + folder.encode() + b".wav", b"")
+    folders = [tmp_path / "reference", tmp_path / "generated"]
+    flags = ("--reference_dir", folders[0], "--generated_dir", folders[1], "--workers", 1)
+    assert exit_of(lambda: run_main(evaluate, *flags)) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
+    assert all(line.isprintable() for line in lines)
+    starts = [str(folders[0]), str(folders[1]), "skipped: ", "0 pairs"]
+    assert all(map(str.startswith, lines, starts))
+    trouble = evaluate.FileResult(name=os.fsdecode(name), paths={}, reasons={"stoi": "why"})
+    evaluate.name_troubles(trouble, h=None)
+    assert one_line_of(capsys).endswith(": no stoi (why)")
+    result = {"name": os.fsdecode(name) + "|b", "values": {}}
+    *_, row = evaluate.file_table({"metrics": {}, "files": [result]}).splitlines()
+    assert row.isprintable()
+    assert row.count("|") - row.count(r"\|") == 2
+
+
+LONG = ("a" * 300, "a/" * 3000, "a" * 5000)
+
+
+@pytest.mark.parametrize("name", LONG, ids=["component", "path", "both"])
+def test_names_too_long_for_the_system_are_named_in_one_line(name, checkpoint, tmp_path, capsys):
+    config = checkpoint.with_name("config.json")
+    for run in (
+        lambda: vocode(checkpoint, name, tmp_path / "out"),
+        lambda: vocode(name, tmp_path, tmp_path / "out"),
+        lambda: run_main(export_onnx, "--checkpoint_file", name),
+        lambda: run_main(evaluate, "--reference_dir", name, "--generated_dir", tmp_path),
+        lambda: run_main(
+            meldataset, "--config", config, "--input_wavs_dir", name, "--output_dir", tmp_path
+        ),
+    ):
+        assert exit_of(run) == 1
+        assert one_line_of(capsys).startswith("error: a")
+
+
+def test_a_name_too_long_for_its_output_is_skipped(checkpoint, clip, tmp_path, capsys):
+    make(tmp_path / "in", b"a" * 250 + b".wav", clip)
+    make(tmp_path / "in", b"b.wav", clip)
+    assert exit_of(lambda: vocode(checkpoint, tmp_path / "in", tmp_path / "out")) == 1
+    assert "too long" in one_line_of(capsys)
+    assert os.listdir(tmp_path / "out") == ["b_generated.wav"]
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("a: broken\n  at\tline 3\n", "a: broken at line 3"),
+        ("two  spaces.wav: ", "two  spaces.wav:"),
+        ("\x1b]0;title\x07\x9b2J", "\\x1b]0;title\\x07\\x9b2J"),
+        ("\udce9\u202e\u2028ß☃", "\\udce9\\u202e ß☃"),
+        ("", ""),
+    ],
+)
+def test_a_line_is_one_that_a_terminal_can_show(text, line):
+    assert one_line(text) == line
+    assert str(UserError(text)) == line
+
+
+def test_a_line_has_an_end(capsys):
+    def main():
+        raise UserError("a.txt: " + 10**7 * "x" + ": broken")
+
+    assert exit_of(main) == 1
+    line = one_line_of(capsys)
+    assert len(line) < 2000
+    assert line.startswith("error: a.txt: xx")
+    assert line.endswith("xx: broken")
+
+
+def test_names_that_are_no_text_can_be_printed(capsys):
+    assert exit_of(lambda: print("caf\udce9")) == 0
+    assert capsys.readouterr().out == "caf\\udce9\n"
+
+
+# --- Paths
+
+
+def test_lists_may_point_anywhere_and_nothing_is_written_there(corpus, tmp_path):
+    names = ["../wavs/clip0", f"{corpus}/wavs/clip1", "sub/../clip2.wav", "./clip3"]
+    make(tmp_path, b"list.txt", "\n".join(names).encode())
+    before = tree(tmp_path), tree(corpus)
+    (corpus / "wavs/sub").mkdir(exist_ok=True)
+    flags = ("--input_training_file", tmp_path / "list.txt")
+    assert train_on(corpus, tmp_path, *flags) == 0
+    new = tree(tmp_path).keys() - before[0].keys() - {str(tmp_path / "toy.json")}
+    assert new and all(path.startswith(f"{tmp_path}/run/") for path in new)
+    assert tree(corpus) == before[1]
+
+
+def test_links_in_the_inputs_are_read_and_never_written_through(checkpoint, clip, tmp_path):
+    elsewhere = make(tmp_path / "elsewhere/deep", b"x.wav", clip).parent
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/file.wav").symlink_to(elsewhere / "x.wav")
+    (tmp_path / "in/folder").symlink_to(elsewhere)
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in/dangling.wav").symlink_to(tmp_path / "nothing.wav")
+    before = tree(tmp_path)
+    for output_dir in (tmp_path / "out", tmp_path / "in"):
+        assert exit_of(partial(vocode, checkpoint, tmp_path / "in", output_dir)) == 0
+    after = tree(tmp_path)
+    assert {path: after[path] for path in before} == before
+    assert after.keys() - before.keys() == {
+        str(tmp_path / "out/file_generated.wav"),
+        str(tmp_path / "in/file_generated.wav"),
+    }
+
+
+def test_the_output_folder_may_be_a_link(checkpoint, clip, tmp_path):
+    make(tmp_path / "in/sub", b"a.wav", clip)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert exit_of(lambda: vocode(checkpoint, tmp_path / "in", tmp_path / "out")) == 0
+    assert (tmp_path / "disk/sub/a_generated.wav").is_file()
+
+
+@pytest.mark.parametrize("target", ["elsewhere/precious.wav", "elsewhere/none.wav"])
+def test_a_link_in_place_of_an_output_is_replaced_not_followed(checkpoint, clip, tmp_path, target):
+    make(tmp_path / "in", b"a.wav", clip)
+    precious = make(tmp_path / "elsewhere", b"precious.wav", b"precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a_generated.wav").symlink_to(tmp_path / target)
+    assert exit_of(lambda: vocode(checkpoint, tmp_path / "in", tmp_path / "out")) == 0
+    assert not (tmp_path / "out/a_generated.wav").is_symlink()
+    assert soundfile.info(tmp_path / "out/a_generated.wav").frames > 0
+    assert tree(precious.parent) == {str(precious): b"precious"}
+
+
+def linked_out(tmp_path: Path) -> None:
+    """A folder `out` with a `sub` that leads elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sub").symlink_to(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("depth", ["sub", "sub/deeper"])
+@pytest.mark.parametrize("write", [vocode, write_mels])
+def test_links_that_lead_out_of_the_output_folder_are_refused(
+    checkpoint, clip, tmp_path, depth, write, capsys
+):
+    make(tmp_path / "in" / depth, b"a.wav", clip)
+    make(tmp_path / "in", b"a.wav", clip)
+    linked_out(tmp_path)
+    assert exit_of(lambda: write(checkpoint, tmp_path / "in", tmp_path / "out")) == 1
+    assert f"{tmp_path / 'out' / depth}: a link that leads out of" in one_line_of(capsys)
+    assert os.listdir(tmp_path / "elsewhere") == []
+    assert os.listdir(tmp_path / "out") == ["sub"]
+
+
+def test_links_that_lead_out_of_the_pictures_are_refused(checkpoint, clip, tmp_path):
+    linked_out(tmp_path)
+    path = make(tmp_path / "in", b"a.wav", clip)
+    pair = evaluate.FilePair("sub/a", path, path)
+    h = load_config(checkpoint.with_name("config.json"))
+    with pytest.raises(UserError, match="sub: a link that leads out of"):
+        evaluate.measure_files(pair, h, tmp_path / "out")
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+# --- Memory
+
+
+def limited(script: str, *arguments, gigabytes: float) -> subprocess.CompletedProcess:
+    """Runs a script in a process that may address so much memory."""
+    size = int(gigabytes * 2**30)
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_model_too_large_for_the_memory_is_one_line(corpus, tmp_path):
+    # Too large for most machines, and not by a slip of the keyboard: no bound refuses it.
+    config = write_config(tmp_path / "toy.json", upsample_initial_channel=2**14)
+    flags = (*corpus_arguments(corpus), "--config", config, "--checkpoint_path", tmp_path / "run")
+    run = limited("train.py", *flags, gigabytes=6)
+    assert run.stderr == "error: out of memory; a smaller model, batch or file needs less\n"
+    assert run.returncode == 1
+
+
+def test_a_sound_too_large_for_the_memory_is_one_line(checkpoint, tmp_path):
+    with open(tmp_path / "a.au", "wb") as file:  # 3 GB, all of them one hole on the disk
+        file.write(struct.pack(">4s5I", b".snd", 24, 2**32 - 1, 2, 22050, 1))
+        file.truncate(3 * 2**30)
+    flags = ("--input_wavs_dir", tmp_path / "a.au", "--output_dir", tmp_path / "out")
+    run = limited("inference.py", *flags, "--checkpoint_file", checkpoint, gigabytes=6)
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"skipped: {tmp_path / 'a.au'}: cannot be read as audio (Unable to all")
+    assert run.returncode == 1
+
+
+def test_a_config_far_larger_than_its_weights_takes_no_memory(checkpoint, tmp_path):
+    (tmp_path / "g_00000001").write_bytes(checkpoint.read_bytes())
+    write_config(tmp_path / "config.json", upsample_initial_channel=2**14)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"g_00000001: does not fit the config: .*conv_pre"):
+        inference.load_generator(tmp_path / "g_00000001")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB

@@ -1,0 +1,139 @@
+"""A trainer that is killed resumes from a whole pair, and gets where an undisturbed one gets."""
+
+import os
+import random
+import signal
+
+import pytest
+import torch
+
+import train
+import utils
+from env import UserError
+from tests.conftest import corpus_arguments, run_main, write_config
+from tests.kill import Kill, kill_over_and_over, random_kill
+from utils import checkpoint_path, load_checkpoint, paired_steps, remove_temporary_files, replacing
+
+# In each trainer's first save, but for the two last; the first os.replace is config.json's.
+CHOSEN = [
+    Kill(call="torch.save", count=2, moment="in"),  # half of `do_` is written
+    Kill(call="os.replace", count=2, moment="before"),  # both are written, none is in place
+    Kill(call="os.replace", count=2, moment="after"),  # `do_` is in place
+    Kill(call="os.replace", count=1, moment="before"),
+    Kill(signal.SIGTERM, delay=1.2, slow=True),
+    Kill(signal.SIGINT, delay=1.2),
+]
+
+
+def test_kills_change_nothing(tmp_path):
+    choose = random.Random(0)
+    kill_over_and_over(tmp_path, [*CHOSEN, random_kill(choose)])
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A kill does not tell, a power cut would."""
+    calls, path = [], tmp_path / "file"
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda h: calls.append(os.fstat(h).st_ino) or fsync(h))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert calls == [path.stat().st_ino, "replace"]
+
+
+@pytest.fixture
+def run(corpus, tmp_path):
+    """Trains to a step in this process, saving each."""
+    config = write_config(tmp_path / "config.json")
+
+    def run(steps: int, *flags) -> None:
+        arguments = (*corpus_arguments(corpus), "--config", config, "--checkpoint_path", run.folder)
+        flags = ("--checkpoint_interval", 1, *flags)
+        assert run_main(train, *arguments, "--training_steps", steps, *flags) == 0
+
+    run.folder, run.config = tmp_path / "cp", config
+    return run
+
+
+def damage(path) -> None:
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def dying_replace(name: str):
+    """os.replace of a process that dies when it would give a file this name."""
+    replace = os.replace
+
+    def dying(source, target):
+        if os.path.basename(target) == name:
+            raise SystemExit("killed")
+        replace(source, target)
+
+    return dying
+
+
+def test_a_new_do_never_pairs_with_an_older_run_s_g(run, monkeypatch):
+    """The run has gone back, for a `do_` is damaged, and comes again otherwise than before."""
+    run(3)
+    older = load_checkpoint(checkpoint_path(run.folder, "g", 3))
+    damage(checkpoint_path(run.folder, "do", 3))
+    write_config(run.config, learning_rate=0.01)
+    monkeypatch.setattr(os, "replace", dying_replace("g_00000003"))
+    with pytest.raises(SystemExit, match="killed"):
+        run(3)
+    assert paired_steps(run.folder) == [1, 2]
+    monkeypatch.undo()
+    run(3)
+    newer = load_checkpoint(checkpoint_path(run.folder, "g", 3))
+    key = "conv_pre.bias"
+    assert not torch.equal(newer["generator"][key], older["generator"][key])
+
+
+def test_a_save_that_fails_half_way_loses_no_older_file(run, monkeypatch):
+    """Nothing is renamed or removed before both files are written."""
+    run(3)
+    kept = checkpoint_path(run.folder, "g", 3).read_bytes()
+    damage(checkpoint_path(run.folder, "do", 3))
+    save = torch.save
+
+    def full(contents, path):
+        if "optim_g" in contents:
+            raise OSError(28, "No space left on device")
+        save(contents, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"do_00000003: cannot be written \(No space left"):
+        run(3)
+    assert checkpoint_path(run.folder, "g", 3).read_bytes() == kept
+    assert not list(run.folder.glob(".*.tmp"))
+
+
+def test_a_do_without_its_g_does_not_count_among_those_to_keep(run):
+    run(1)
+    run(3, "--checkpoint_interval", 3)
+    checkpoint_path(run.folder, "do", 2).touch()  # left by a kill between the two files
+    run(4, "--keep_checkpoints", 3)
+    assert paired_steps(run.folder) == [1, 3, 4]
+
+
+def test_only_what_a_run_has_left_itself_is_removed(tmp_path):
+    own = ".g_00000007.a1b2c3_4.tmp", ".do_100000000.abcdefgh.tmp", ".config.json.abcdefgh.tmp"
+    others = (
+        *(".g_00000007.onnx.abcdefgh.tmp", ".g_speaker_generated.wav.abcdefgh.tmp", ".lock"),
+        *("g_00000007", ".do_it.abcdefgh.tmp", ".results.json.abcdefgh.tmp", ".config.json"),
+    )
+    for name in (*own, *others):
+        (tmp_path / name).touch()
+    remove_temporary_files(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_a_killed_copy_of_the_config_is_removed(run, monkeypatch):
+    killed = dying_replace("config.json")
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(utils.Path, "unlink", lambda *_, **__: None)  # the dead clean up nothing
+    with pytest.raises(SystemExit, match="killed"):
+        run(1)
+    monkeypatch.undo()
+    assert list(run.folder.glob(".config.json.*.tmp"))
+    run(1)
+    assert not list(run.folder.glob(".*.tmp"))

@@ -1,0 +1,181 @@
+"""Extreme mels, sounds and weights: finite sound within its bounds, or one line that says why not.
+
+Growth over many training steps is measured by tests/soak.py, by hand.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import inference
+import inference_e2e
+from env import UserError, load_config
+from inference import load_generator, prepare, stream, synthesize
+from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, load_wav
+from models import Generator
+from state import NEVER, build_state
+from tests.conftest import run_main, speech_like, toy_config, write_config
+from tests.soak import soak
+from utils import save_checkpoint
+
+CONFIGS = {
+    "MISR": "config_v2.json",
+    "MRF": "configs/hifigan_v2.json",
+    "iSTFT": "configs/istft_v2.json",
+}
+LARGEST_ISTFT = 50  # of an iSTFT head, whose magnitudes are clamped; files are in any case
+
+random = torch.Generator().manual_seed(0)
+EXTREMES = {
+    "silence": torch.full((80, 30), -11.5),
+    "loud": torch.full((80, 30), 5.0),
+    "random within 50": torch.rand(80, 30, generator=random) * 100 - 50,
+    "1e4": torch.full((80, 30), 1e4),
+    "-1e4": torch.full((80, 30), -1e4),
+    "1e30": torch.full((80, 30), 1e30),
+    "a giant each frame": 1e4 * torch.eye(80, 30),
+    "denormal": torch.full((80, 30), 1e-40),
+}
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+def checkpoint(request, tmp_path) -> Path:
+    """A toy g_ file of random weights, with its config.json."""
+    h = load_config(write_config(tmp_path / "cp.json", request.param))
+    (tmp_path / "cp.json").rename(tmp_path / "config.json")
+    save_checkpoint(tmp_path / "g_00000001", {"generator": Generator(h).state_dict()})
+    return tmp_path / "g_00000001"
+
+
+def vocode(checkpoint: Path, inputs: Path, output_dir: Path, *flags, module=inference_e2e) -> int:
+    kind = "mels" if module is inference_e2e else "wavs"
+    return run_main(
+        module,
+        *(f"--input_{kind}_dir", inputs, "--output_dir", output_dir),
+        *("--checkpoint_file", checkpoint, "--device", "cpu", *flags),
+    )
+
+
+@precisions
+def test_extreme_mels_give_finite_sound_within_bounds(checkpoint, precision, tmp_path):
+    generator, h = load_generator(checkpoint, precision=precision)
+    (tmp_path / "in").mkdir()
+    for name, mel in EXTREMES.items():
+        wav = synthesize(generator, mel)
+        assert wav.shape == (30 * h.hop_size,)
+        assert wav.isfinite().all()
+        assert wav.abs().max() <= (LARGEST_ISTFT if h.uses_istft else 1), name
+        np.save(tmp_path / f"in/{name}.npy", mel)
+    for batch_size in (1, 3):
+        flags = ("--precision", precision, "--batch_size", batch_size)
+        assert vocode(checkpoint, tmp_path / "in", tmp_path / "out", *flags) == 0
+        for name in EXTREMES:
+            wav, _ = soundfile.read(tmp_path / f"out/{name}_generated_e2e.wav")
+            assert len(wav) == 30 * h.hop_size
+            assert np.abs(wav).max() < 1
+
+
+@configs
+@precisions
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("chunk_frames", [0, 8])
+def test_a_mel_with_one_value_that_is_not_finite_is_refused(
+    config, precision, value, chunk_frames, tmp_path
+):
+    h = toy_config(tmp_path, config)
+    generator = prepare(Generator(h), torch.device("cpu"), precision)
+    mel = torch.zeros(80, 60)
+    mel[11, 59] = value
+    pieces = stream(generator, mel, chunk_frames)
+    with pytest.raises(ValueError, match="mel holds NaN or infinity in frames"):
+        list(pieces)
+
+
+@pytest.mark.filterwarnings("error")  # a warning would be a second line
+@pytest.mark.parametrize("value", [*NOT_FINITE, 1e39])
+def test_a_mel_file_with_such_a_value_is_named_and_skipped(checkpoint, value, tmp_path, capsys):
+    mel = np.zeros((80, 30))
+    mel[11, 7] = value
+    np.save(tmp_path / "a.npy", mel)
+    assert vocode(checkpoint, tmp_path / "a.npy", tmp_path / "out") == 1
+    assert not (tmp_path / "out").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"skipped: {tmp_path / 'a.npy'}: holds values that are NaN or infinite"
+
+
+@precisions
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_weights_that_are_not_finite_write_nothing(checkpoint, precision, value, tmp_path, capsys):
+    h = load_config(checkpoint.with_name("config.json"))
+    weights = Generator(h).state_dict()
+    weights["conv_pre.bias"][3] = value
+    save_checkpoint(checkpoint, {"generator": weights})
+    np.save(tmp_path / "a.npy", np.zeros((80, 30)))
+    flags = ("--precision", precision)
+    assert vocode(checkpoint, tmp_path / "a.npy", tmp_path / "out", *flags) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the waveform is not finite; is the checkpoint good?" in line
+    assert list((tmp_path / "out").glob("*")) == []
+
+
+def test_the_mel_of_any_sound_is_finite_and_has_a_floor(tmp_path):
+    h = toy_config(tmp_path)
+    log_mel = LogMelSpectrogram(h, h.fmax)
+    for wav in (
+        torch.zeros(5000),
+        torch.full((5000,), 1e-40),
+        torch.ones(5000),
+        torch.tensor([1.0, -1.0]).repeat(2500),
+        torch.eye(1, 5000)[0],
+    ):
+        mel = log_mel(wav[None])
+        assert mel.isfinite().all()
+        assert mel.min() >= SILENT_LOG_MEL - 1e-4
+        assert mel.max() < 10
+
+
+def test_digital_silence_has_the_mel_with_which_shorter_clips_are_padded(tmp_path):
+    """So that a generator hears the same silence in files, in training and in a batch."""
+    h = toy_config(tmp_path)
+    soundfile.write(tmp_path / "a.wav", np.zeros(44100), 22050)
+    mel = LogMelSpectrogram(h, h.fmax)(load_wav(tmp_path / "a.wav", 22050)[None])
+    assert (mel - SILENT_LOG_MEL).abs().max() < 1e-4
+
+
+def test_silence_in_gives_one_steady_sound_out(checkpoint, tmp_path):
+    """Whatever the weights say of silence, they say it everywhere: nothing drifts or rings."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(44100), 22050)
+    flags = ("--chunk_frames", 50)
+    assert vocode(checkpoint, tmp_path / "a.wav", tmp_path / "out", *flags, module=inference) == 0
+    wav, _ = soundfile.read(tmp_path / "out/a_generated.wav")
+    hops = wav.reshape(-1, 256)[20:-20]
+    assert np.abs(hops - hops[0]).max() <= 1 / 32767
+
+
+@pytest.mark.parametrize("level", [1e-6, 1e-3, 1.0])
+def test_any_level_of_sound_is_vocoded(checkpoint, level, tmp_path):
+    soundfile.write(tmp_path / "a.wav", level * speech_like(0.3), 22050, subtype="FLOAT")
+    assert vocode(checkpoint, tmp_path / "a.wav", tmp_path / "out", module=inference) == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_noise_can_be_trained_on(precision, tmp_path):
+    """A few steps of tests/soak.py, which is run by hand for thousands."""
+    state = build_state(toy_config(tmp_path), torch.device("cpu"), precision)
+    seen = soak(state, steps=6, interval=2)
+    assert [step for step, _ in seen] == [2, 4, 6]
+    assert all(2**20 < size < 2**40 for _, size in seen)
+    assert int(state.first_bad_step) == NEVER
+
+
+def test_not_finite_sound_is_named(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full(3000, np.inf), 22050, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"a\.wav: holds samples that are NaN or infinite"):
+        load_wav(tmp_path / "a.wav", 22050)
