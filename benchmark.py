@@ -330,7 +330,7 @@ def parse_arguments() -> argparse.Namespace:
         help="JSON configs; weights are random",
     )
     for flag, meaning in (
-        ("infer", "also the speed of inference, beside HiFi-GAN's generator of the width"),
+        ("infer", "also the speed of inference, beside HiFi-GAN's generator of the same width"),
         ("memory", "also the memory and the first sound of long mels"),
         ("train", "also the time of a training step, beside HiFi-GAN's textbook step"),
     ):

@@ -165,7 +165,9 @@ def load_config(path: str | Path) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         values = json.loads(text, object_pairs_hook=_without_twins)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a readable JSON config ({error})") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected a JSON object of keys and values")

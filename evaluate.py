@@ -245,7 +245,7 @@ METRICS = (
         better="lower",
         library="torch",
         description="Mean absolute difference of log-mels (natural logarithm of magnitudes, up to "
-        "the config's fmax_for_loss): the error that training shows and minimises.",
+        "the config's fmax_for_loss): the error that validation shows.",
         function=_mel_l1,
     ),
     Metric(

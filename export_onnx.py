@@ -1,6 +1,6 @@
 """Writes a generator as one ONNX file, checked against PyTorch.
 
-    python export_onnx.py --checkpoint_file cp_misrnet/g_02500000 --output misrnet.onnx
+    python export_onnx.py --checkpoint_file cp_misrnet/g_00500000 --output misrnet.onnx
 
 The file maps `mel` [B, num_mels, T] to `wav` [B, 1, T * hop_size], B and T free; its metadata hold
 the sampling rate and the mel's recipe. Needs the packages onnx, onnxscript and onnxruntime.

@@ -1,11 +1,11 @@
 """Vocodes audio files: wav -> log-mel -> wav, to hear what a vocoder can do at best.
 
-    python inference.py --input_wavs_dir test_files --checkpoint_file cp_misrnet/g_02500000
+    python inference.py --input_wavs_dir test_files --checkpoint_file cp_misrnet/g_00500000
 
 From Python:
 
     from inference import load_generator, stream, synthesize
-    generator, h = load_generator("cp_misrnet/g_02500000", device="cpu")
+    generator, h = load_generator("cp_misrnet/g_00500000", device="cpu")
     wav = synthesize(generator, mel)    # [num_mels, T] -> [T * hop_size] at h.sampling_rate
     for piece in stream(generator, mel, chunk_frames=32):    # the same samples, as they come
         ...
@@ -60,7 +60,9 @@ def load_generator(
     contents = load_checkpoint(checkpoint_file)
     config = Path(checkpoint_file).with_name("config.json")
     if not config.exists():
-        raise UserError(f"{checkpoint_file}: no config.json beside it; copy its run's there")
+        raise UserError(
+            f"{checkpoint_file}: no config.json beside it; copy that of its training run there"
+        )
     h = load_config(config)
     if "generator" not in contents:
         hint = "; take the g_* file beside it" if "optim_g" in contents else ""
@@ -132,9 +134,10 @@ def synthesize_batch(generator: Generator, mels: list[Mel]) -> list[torch.Tensor
     return [wav[: mel.shape[1] * generator.hop_size] for wav, mel in zip(wavs, mels, strict=True)]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
-    """The flags of both inference scripts, beside those for what they read."""
-    files = parser.add_argument_group("files")
+def add_common_arguments(
+    parser: argparse.ArgumentParser, files: argparse._ArgumentGroup, output_dir: str
+) -> None:
+    """The flags of both inference scripts, beside the one, in the group `files`, for the input."""
     files.add_argument(
         "--output_dir", metavar="DIR", default=output_dir, help="for the wavs; made if needed"
     )
@@ -224,13 +227,14 @@ def main() -> int:
         example="python inference.py --input_wavs_dir test_files "
         "--checkpoint_file cp_misrnet/g_00500000",
     )
-    parser.add_argument(
+    files = parser.add_argument_group("files")
+    files.add_argument(
         "--input_wavs_dir",
         metavar="PATH",
         default="test_files",
         help="audio in any format and at any rate: a folder, searched in depth, or one file",
     )
-    add_common_arguments(parser, output_dir="generated_files")
+    add_common_arguments(parser, files, output_dir="generated_files")
     a = parser.parse_args()
     generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
     jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, "_generated.wav")

@@ -1,6 +1,6 @@
 """Turns log-mels, an acoustic model's for instance, into speech: .npy -> wav.
 
-python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_misrnet/g_02500000
+python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_misrnet/g_00500000
 """
 
 from functools import partial
@@ -17,14 +17,15 @@ def main() -> int:
         example="python inference_e2e.py --input_mels_dir test_mel_files "
         "--checkpoint_file cp_misrnet/g_00500000",
     )
-    parser.add_argument(
+    files = parser.add_argument_group("files")
+    files.add_argument(
         "--input_mels_dir",
         metavar="PATH",
         default="test_mel_files",
         help=".npy files, [num_mels, T] or [1, num_mels, T], natural logarithm, by the config's "
         "recipe: a folder, searched in depth, or one file",
     )
-    add_common_arguments(parser, output_dir="generated_files_from_mel")
+    add_common_arguments(parser, files, output_dir="generated_files_from_mel")
     a = parser.parse_args()
     generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
     jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")

@@ -96,6 +96,8 @@ class MelLoss(nn.Module):
 
     def __init__(self, h: Config):
         super().__init__()
+        # HiFi-GAN's name is for HiFi-GAN's error, which validation shows in any case.
+        self.name = "mel_spec_error" if h.n_ffts_for_loss is None else "gen_loss_mel"
         resolutions = [h]
         if h.n_ffts_for_loss is not None:
             resolutions = [
@@ -190,8 +192,9 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
         mel = mel[0]
     if mel.ndim != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
         turned = mel.ndim == 2 and mel.shape[1] == num_mels
-        hint = "; it looks transposed: save mel.T" if turned else ""
-        raise UserError(f"{path}: shape {list(shape)}; expected [{num_mels}, T] frames{hint}")
+        hint = "; it looks transposed: swap its last two axes" if turned else ""
+        expected = f"[{num_mels}, T] or [1, {num_mels}, T]"
+        raise UserError(f"{path}: shape {list(shape)}; expected {expected}{hint}")
     with np.errstate(over="ignore"):  # becomes infinite
         mel = torch.from_numpy(mel.astype(np.float32, order="C"))
     if not mel.isfinite().all():
@@ -216,8 +219,8 @@ def read_clips(file_list: str | Path, wavs_dir: str | Path) -> np.ndarray:
         raise UserError(f"{file_list}: cannot be read ({error})") from None
     except LookupError as error:
         raise UserError(
-            f"{file_list}: no audio file for the id {error.args[0]!r} in {wavs_dir}; "
-            f"looked for {', '.join(AUDIO_EXTENSIONS)}"
+            f"{file_list}: no audio file for the id {error.args[0]!r} in {wavs_dir}; is "
+            f"--input_wavs_dir right? Looked for {', '.join(AUDIO_EXTENSIONS)}"
         ) from None
     return np.array(names, dtype=np.dtypes.StringDType())
 

@@ -25,20 +25,24 @@ from utils import plot_spectrogram, say
 DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
 
 # The losses on the terminal: beside a bar, and in lines such as HiFi-GAN's.
-SHORT = {"mel_spec_error": "mel", "gen_loss_total": "G", "disc_loss_total": "D"}
+SHORT = {
+    "gen_loss_total": "G",
+    "disc_loss_total": "D",
+    "mel_spec_error": "mel",
+    "gen_loss_mel": "mel loss",
+}
 LONG = {
     "gen_loss_total": "Gen Loss Total",
     "disc_loss_total": "Disc Loss Total",
     "mel_spec_error": "Mel-Spec. Error",
+    "gen_loss_mel": "Mel Loss",
 }
 
 METRICS_PATIENCE = 120  # seconds that the end of a run waits for its last metrics
 
 
 class Monitor:
-    """What the person watching sees: a bar or lines on the terminal, and TensorBoard.
-
-    Every process calls it, the first one shows. With `eval_metrics`, PESQ and its like of the
+    """Every process calls it, the first one shows. With `eval_metrics`, PESQ and its like of the
     clips that are shown too. `error` is what the run shall save and end for: logs that cannot be
     written.
     """
@@ -120,7 +124,9 @@ class Monitor:
         rate = self.h.sampling_rate
         for tag, (wav, mel) in kinds.items():
             picture = plot_spectrogram(mel.cpu().numpy(), self.h.hop_size / rate)
-            self._log(SummaryWriter.add_audio, f"{tag}_{index}", wav, steps, rate)
+            # An iSTFT head may leave [-1, 1] a little, of which TensorBoard would warn.
+            sound = wav.clamp(-1, 1)
+            self._log(SummaryWriter.add_audio, f"{tag}_{index}", sound, steps, rate)
             self._log(SummaryWriter.add_figure, f"{tag}_spec_{index}", picture, steps)
 
     def flush(self) -> None:

@@ -105,8 +105,9 @@ def generator_step(
 ) -> dict:
     """Updates the generator."""
     losses = adversarial_losses(state, wav, wav_hat) if adversarial else {}
-    losses["mel_spec_error"] = state.mel_loss(wav_hat.squeeze(1), wav.squeeze(1))
-    weights = {"gen_loss_feature": state.h.lambda_feature, "mel_spec_error": state.h.lambda_mel}
+    mel_loss, h = state.mel_loss, state.h
+    losses[mel_loss.name] = mel_loss(wav_hat.squeeze(1), wav.squeeze(1))
+    weights = {"gen_loss_feature": h.lambda_feature, mel_loss.name: h.lambda_mel}
     loss = sum(weights.get(name, 1) * value for name, value in losses.items())
     state.optim_g.zero_grad()
     loss.backward()
@@ -235,8 +236,8 @@ def make_loader(clips: MelDataset, state: State) -> torch.utils.data.DataLoader:
 def _leave_signals_to_parent(_worker: int) -> None:
     """Ctrl-C and torchrun signal a whole group of processes; the parent still needs its data."""
     os.setpgrp()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends it
 
 
 def fetch(batches: Iterator) -> tuple[list[torch.Tensor], UserError | None]:

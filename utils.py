@@ -35,8 +35,6 @@ def command_line(main: Callable[[], int | None]) -> None:
     A UserError, and want of memory, become one line.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no text
-    # So that a terminated script, too, removes its temporary files.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -101,7 +99,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         is_switch = action.nargs == 0
         says_something = not (action.required or is_switch or action.default in (None, []))
         is_named = "(default:" in action.help or action.default is argparse.SUPPRESS
-        return action.help + " (default: %(default)s)" * (says_something and not is_named)
+        if not says_something or is_named:
+            return action.help
+        default = action.default if isinstance(action.default, list) else [action.default]
+        return f"{action.help} (default: {' '.join(map(str, default))})"
 
 
 def command_parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -220,6 +221,8 @@ def process_files(
     Raises:
         WriteError: one of the errors.
     """
+    # So that a terminated script, too, removes its temporary file.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     files = sum(len(batch) for batch in batches)
     failures = 0
     with tqdm(total=files, unit="file", disable=None) as bar:
@@ -282,15 +285,9 @@ def plot_spectrogram(mel: np.ndarray, hop_seconds: float) -> Figure:
     return figure
 
 
-def save_checkpoint(path: str | Path, contents: dict) -> None:
-    """Writes tensors and plain types, whole or not at all."""
-    with writing_checkpoint(path, contents):
-        pass
-
-
 @contextmanager
 def writing_checkpoint(path: str | Path, contents: dict) -> Iterator[None]:
-    """As `save_checkpoint`, but the file gets its name when the block ends well."""
+    """Writes tensors and plain types to a file that gets its name when the block ends well."""
     with replacing(path) as temporary:
         try:
             with open(temporary, "wb") as file:  # its errors say more than torch's own
@@ -306,6 +303,8 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         UserError: missing, damaged or unsafe file.
     """
+    if os.path.isdir(path):
+        raise UserError(f"{path}: a folder; name a file in it, such as g_00005000")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint file")
     try:

@@ -20,8 +20,7 @@ import torch
 
 from env import load_config
 from models import Generator
-from tests.conftest import ROOT, speech_like, write_config
-from utils import save_checkpoint
+from tests.conftest import ROOT, save_checkpoint, speech_like, write_config
 
 RATE = 22050
 INTERVAL = 5.0  # seconds from one look to the next

@@ -18,8 +18,15 @@ import train
 from env import load_config
 from models import Generator
 from state import locked
-from tests.conftest import ROOT, corpus_arguments, run_main, speech_like, write_config
-from utils import paired_steps, replacing, save_checkpoint
+from tests.conftest import (
+    ROOT,
+    corpus_arguments,
+    run_main,
+    save_checkpoint,
+    speech_like,
+    write_config,
+)
+from utils import paired_steps, replacing
 
 
 def start(*command) -> subprocess.Popen:

@@ -25,8 +25,15 @@ import meldataset
 import train
 from env import UserError, load_config, one_line
 from models import Generator
-from tests.conftest import ROOT, corpus_arguments, run_main, speech_like, write_config
-from utils import command_line, load_checkpoint, save_checkpoint
+from tests.conftest import (
+    ROOT,
+    corpus_arguments,
+    run_main,
+    save_checkpoint,
+    speech_like,
+    write_config,
+)
+from utils import command_line, load_checkpoint
 
 
 class Trap:

@@ -22,8 +22,7 @@ from env import Config, UserError, load_config
 from inference import load_generator, stream, synthesize, synthesize_batch
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, wav_mel
 from models import Generator, ResBlock1, ResBlock2
-from tests.conftest import ROOT, run_main, speech_like, write_config
-from utils import save_checkpoint
+from tests.conftest import ROOT, run_main, save_checkpoint, speech_like, write_config
 
 RATE = 22050
 HOP = 256
@@ -313,8 +312,8 @@ def npy_of(values: np.ndarray) -> Callable[[Path], None]:
 
 
 BAD_MELS = {
-    "transposed": (npy_of(np.zeros((12, 80))), "it looks transposed: save mel.T"),
-    "bands": (npy_of(np.zeros((100, 12))), "shape [100, 12]; expected [80, T] frames"),
+    "transposed": (npy_of(np.zeros((12, 80))), "it looks transposed: swap its last two axes"),
+    "bands": (npy_of(np.zeros((100, 12))), "shape [100, 12]; expected [80, T] or [1, 80, T]"),
     "two": (npy_of(np.zeros((2, 80, 12))), "shape [2, 80, 12]"),
     "no frames": (npy_of(np.zeros((80, 0))), "shape [80, 0]"),
     "0-d": (npy_of(np.float32(1)), "shape []"),

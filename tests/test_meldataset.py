@@ -397,7 +397,7 @@ GOOD_MELS = {
     "one-frame": MEL[:, :1],
 }
 BAD_MELS = {
-    "transposed": (MEL.T, "shape [7, 80]; expected [80, T] frames; it looks transposed"),
+    "transposed": (MEL.T, "shape [7, 80]; expected [80, T] or [1, 80, T]; it looks transposed"),
     "bands": (MEL[:79], "shape [79, 7]; expected [80, T]"),
     "batch-of-two": (np.stack([MEL, MEL]), "shape [2, 80, 7]; expected [80, T]"),
     "one-dimensional": (MEL[:, 0], "shape [80]; expected [80, T]"),

@@ -17,9 +17,8 @@ from inference import load_generator, prepare, stream, synthesize
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, load_wav
 from models import Generator
 from state import NEVER, build_state
-from tests.conftest import run_main, speech_like, toy_config, write_config
+from tests.conftest import run_main, save_checkpoint, speech_like, toy_config, write_config
 from tests.soak import soak
-from utils import save_checkpoint
 
 CONFIGS = {
     "MISR": "config_v2.json",

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from env import UserError
+from tests.conftest import save_checkpoint
 from utils import (
     Job,
     boolean,
@@ -32,7 +33,6 @@ from utils import (
     positive,
     process_files,
     replacing,
-    save_checkpoint,
     write_npy,
     write_wav,
 )
