@@ -1,0 +1,361 @@
+"""Shows MISRNet at work in about five minutes, with no data and no GPU.
+
+    make demo            # makes .venv, installs, and runs python demo.py
+
+eSpeak NG speaks sentences; train.py takes the weights in pretrained/, which know one real voice,
+and teaches them this one; inference.py, inference_e2e.py and evaluate.py show what was learnt, on
+sentences that were held out. Every step is a command that you could type, and is printed. All of
+it lands in demo/, the report in demo/report.md.
+
+It is a demonstration: a synthetic voice, three minutes of it, a small generator, minutes of
+training. A vocoder for real speech takes a corpus such as LJSpeech and days on a GPU.
+"""
+
+import ctypes
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from env import Config, UserError, load_config
+from meldataset import LogMelSpectrogram, load_wav
+from utils import (
+    PICTURED_LOG_MELS,
+    checkpoint_path,
+    checkpoint_steps,
+    command_line,
+    command_parser,
+    positive,
+    say,
+)
+
+HERE = Path(__file__).parent
+PRETRAINED = HERE / "pretrained/istft_v2_ljspeech/g_00022000"
+# To those weights' config: what makes the most of a few minutes.
+CHANGES = {"learning_rate": 0.001, "lr_decay": 0.998}
+CHECKPOINT_INTERVAL = 200  # steps
+VOICE = "en+f3"  # its pitch is near that of the voice in pretrained/
+HELD_OUT = 4  # sentences, the last of SENTENCES
+SHOWN_METRICS = ("mel_l1", "pesq_wb", "stoi", "vuv_f1")  # of evaluate.py's
+
+SENTENCES = """\
+The kettle began to sing long before anyone was awake.
+She folded the map twice and slid it under the lamp.
+Nine grey geese flew low across the frozen lake.
+Whoever painted that door must have loved the colour blue.
+Rain drummed on the tin roof until the gutters overflowed.
+He measured the plank, marked it, and measured it again.
+The choir practised softly in the room above the bakery.
+Fresh bread and strong coffee are reason enough to get up.
+A narrow path winds between the orchard and the old mill.
+The judge asked for silence, and for once the crowd obeyed.
+My uncle repairs violins in a shed behind his house.
+Those boxes are heavier than they look, so bend your knees.
+Vera bought five yellow tulips and a very large vase.
+The ferry leaves at half past six, weather permitting.
+Nobody could explain why the clock had stopped at noon.
+Thick fog swallowed the bridge, then the street, then the square.
+He whistled a tune that his grandmother used to hum.
+Ship the parcel today, or the birthday will be over.
+The children chased a paper kite along the empty beach.
+A good question is often worth more than a quick answer.
+The engine coughed, shuddered, and finally came to life.
+Their garden grows beans, garlic, pumpkins, and one proud rose.
+You may borrow the ladder if you bring it back by Thursday.
+Snow had covered every footprint by the time we returned.
+The teacher drew a perfect circle without looking at the board.
+Old letters smell of dust, ink, and other people's summers.
+The goat jumped the fence as if it had never been there.
+I would rather walk an hour than wait ten minutes for the bus.
+Bright lanterns hung from the branches of the chestnut tree.
+The pilot's voice was calm, which worried some of us more.
+Please close the window; the papers are flying everywhere.
+Three fishermen argued about the size of a single fish.
+Winter came early, and the harbour froze from shore to shore.
+The museum keeps its oldest treasure in a plain wooden drawer.
+She laughed so hard that the cat left the room.
+A thousand small mistakes had made him a careful cook.
+The train to the coast was late, crowded, and cheerful.
+Which of these keys opens the cupboard under the stairs?
+He poured the honey slowly and watched it find its level.
+The mountain looked close, but it took them all day to reach it.
+Every village on this road has its own way of making cheese.
+The author crossed out the last chapter and began again.
+Dark clouds gathered over the valley, yet no rain fell.
+We rowed to the island, ate our plums, and rowed home.
+The shopkeeper weighed the nails and wrapped them in newspaper.
+Some birds sing at dawn; this one prefers the middle of the night.
+The bicycle was rusty, but its bell rang clear as glass.
+Just beyond the hedge, a fox was watching the henhouse.
+The nurse read the chart, smiled, and opened the curtains.
+Twelve candles flickered in the draught from the chapel door.
+Put the blue cup on the shelf and the green one in the sink.
+The river bends sharply here, and the current is treacherous.
+His reply was short, polite, and entirely useless.
+On quiet evenings you can hear the quarry two miles away.
+The tailor chalked a line and reached for his longest scissors.
+They planted oaks that only their grandchildren would climb.
+A voice can be drawn as a picture and the picture spoken aloud.
+The lighthouse keeper counted the waves and wrote the number down.
+Could you measure how much of the music was lost on the way?
+Before the machine could speak, it had to learn how to listen.
+""".splitlines()
+
+
+# ------------------------------------------------------------------------------------- the corpus
+
+
+class Espeak:
+    """eSpeak NG's synthesiser, from the wheel `espeakng-loader`.
+
+    Raises:
+        UserError: the wheel is missing or its library cannot be loaded here.
+    """
+
+    def __init__(self, voice: str):
+        try:
+            import espeakng_loader
+
+            self.library = ctypes.CDLL(espeakng_loader.get_library_path())
+        except (ImportError, OSError) as error:
+            raise UserError(
+                f"eSpeak NG cannot be loaded ({error}); try: pip install espeakng-loader. "
+                "Training needs no eSpeak: see the README for data of your own"
+            ) from None
+        synchronous, data = 2, str(espeakng_loader.get_data_path()).encode()
+        self.sampling_rate = self.library.espeak_Initialize(synchronous, 0, data, 0)
+        if self.sampling_rate <= 0 or self.library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise UserError(f"eSpeak NG does not start with the voice {voice!r}")
+        self.pieces: list[np.ndarray] = []
+        prototype = (ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        self.callback = ctypes.CFUNCTYPE(*prototype)(self._receive)
+        self.library.espeak_SetSynthCallback(self.callback)
+
+    def _receive(self, samples, count: int, _events) -> int:
+        if samples and count > 0:
+            self.pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0  # go on
+
+    def speak(self, sentence: str) -> np.ndarray:
+        """16-bit samples [N] at `sampling_rate` Hz."""
+        self.pieces.clear()
+        text, utf8 = sentence.encode(), 1
+        self.library.espeak_Synth(text, len(text) + 1, 0, 1, 0, utf8, None, None)
+        self.library.espeak_Synchronize()
+        return np.concatenate(self.pieces)
+
+
+def write_corpus(folder: Path) -> float:
+    """Speaks SENTENCES into `folder`, as wavs/ and two lists; returns the seconds of speech."""
+    espeak = Espeak(VOICE)
+    (folder / "wavs").mkdir(parents=True)
+    ids, seconds = [f"sentence{i:02}" for i in range(1, len(SENTENCES) + 1)], 0.0
+    for clip_id, sentence in zip(ids, SENTENCES, strict=True):
+        wav = espeak.speak(sentence)
+        soundfile.write(folder / "wavs" / f"{clip_id}.wav", wav, espeak.sampling_rate)
+        seconds += len(wav) / espeak.sampling_rate
+    lines = [f"{clip_id}|{text}\n" for clip_id, text in zip(ids, SENTENCES, strict=True)]
+    (folder / "training.txt").write_text("".join(lines[:-HELD_OUT]))
+    (folder / "validation.txt").write_text("".join(lines[-HELD_OUT:]))
+    (folder / "held_out").mkdir()
+    for clip_id in ids[-HELD_OUT:]:
+        shutil.copy(folder / "wavs" / f"{clip_id}.wav", folder / "held_out")
+    return seconds
+
+
+# ----------------------------------------------------------------------------------- the commands
+
+
+def run_script(script: str, *flags: object, seconds: float | None = None) -> None:
+    """Prints `python <script> <flags>` and runs it, for `seconds` at most: then Ctrl-C is sent.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    words = [script, *map(str, flags)]
+    say(f"\n$ python {shlex.join(words)}")
+    process = subprocess.Popen([sys.executable, str(HERE / script), *words[1:]])
+    try:
+        status = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        status = process.wait()
+    stopped = 128 + signal.SIGINT
+    if status not in (0, stopped) or (status == stopped and seconds is None):
+        raise UserError(f"{script} failed with exit status {status}; what it said is above")
+
+
+def train(folder: Path, minutes: float) -> None:
+    """train.py on the corpus, stopped after `minutes` as a person would: with Ctrl-C."""
+    config = json.loads(PRETRAINED.with_name("config.json").read_text()) | CHANGES
+    (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
+    run_script(
+        "train.py",
+        *("--config", folder / "config.json", "--checkpoint_path", folder / "cp"),
+        *("--warm_start", PRETRAINED),
+        *("--input_wavs_dir", folder / "wavs"),
+        *("--input_training_file", folder / "training.txt"),
+        *("--input_validation_file", folder / "validation.txt"),
+        *("--precision", fast_precision(), "--adversarial_from", 1_000_000),
+        *("--checkpoint_interval", CHECKPOINT_INTERVAL, "--keep_checkpoints", 1),
+        *("--validation_interval", CHECKPOINT_INTERVAL, "--stdout_interval", 50),
+        seconds=60 * minutes,
+    )
+
+
+def fast_precision() -> str:
+    """bf16 where the device computes in it: elsewhere it is slower than fp32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    cpu = Path("/proc/cpuinfo")
+    return "bf16" if cpu.exists() and "bf16" in cpu.read_text() else "fp32"
+
+
+def vocode(folder: Path, checkpoint: Path, name: str) -> dict[str, float | None]:
+    """inference.py and evaluate.py on the held-out sentences; returns the means by metric."""
+    run_script(
+        "inference.py",
+        *("--input_wavs_dir", folder / "held_out", "--output_dir", folder / name),
+        *("--checkpoint_file", checkpoint),
+    )
+    run_script(
+        "evaluate.py",
+        *("--reference_dir", folder / "held_out", "--generated_dir", folder / name),
+        *("--config", checkpoint.parent / "config.json", "--output", folder / f"{name}.json"),
+    )
+    report = json.loads((folder / f"{name}.json").read_text())
+    return {metric: facts["mean"] for metric, facts in report["metrics"].items()}
+
+
+def stream(folder: Path, checkpoint: Path) -> None:
+    """meldataset.py, and inference_e2e.py in chunks of a third of a second."""
+    run_script(
+        "meldataset.py",
+        *("--config", checkpoint.parent / "config.json"),
+        *("--input_wavs_dir", folder / "held_out", "--output_dir", folder / "mels"),
+    )
+    run_script(
+        "inference_e2e.py",
+        *("--input_mels_dir", folder / "mels", "--output_dir", folder / "streamed"),
+        *("--checkpoint_file", checkpoint, "--chunk_frames", 32),
+    )
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+def draw_spectrograms(wavs: dict[str, Path], h: Config, path: Path) -> None:
+    """The log-mels, up to half of the sampling rate, of `wavs` by title, one below the other."""
+    log_mel = LogMelSpectrogram(h, fmax=None)
+    figure = Figure(figsize=(9, 2.2 * len(wavs)), layout="constrained")
+    low, high = PICTURED_LOG_MELS
+    for axes, (title, wav) in zip(
+        figure.subplots(len(wavs), sharex=True), wavs.items(), strict=True
+    ):
+        mel = log_mel(load_wav(wav, h.sampling_rate)[None])[0]
+        end = mel.shape[1] * h.hop_size / h.sampling_rate
+        extent = (0, end, 0, h.num_mels)
+        axes.imshow(mel, aspect="auto", origin="lower", vmin=low, vmax=high, extent=extent)
+        axes.set(title=title, ylabel="mel band")
+    axes.set_xlabel("time (s)")
+    figure.savefig(path, dpi=100)
+
+
+def draw_curve(logs: Path, path: Path) -> None:
+    """The mel loss of training and the mel error of validation, step by step."""
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for tag in ("training/gen_loss_mel", "validation/mel_spec_error"):
+        points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+        axes.plot([p.step for p in points], [p.value for p in points], label=tag, marker=".")
+    axes.set(xlabel="steps", title="What train.py logged")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def metric_table(rows: dict[str, dict[str, float | None]]) -> str:
+    """SHOWN_METRICS of each row, by its title, in markdown."""
+    shown = [name for name in SHOWN_METRICS if any(name in row for row in rows.values())]
+    lines = [f"| speech | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+    for title, row in rows.items():
+        cells = ["" if row.get(name) is None else f"{row[name]:.3f}" for name in shown]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, stages: dict[str, str], table: str, seconds: float) -> None:
+    """report.md and its pictures. `stages`: the folders of generated speech, by title."""
+    clip = f"sentence{len(SENTENCES):02}"
+    wavs = {f"reference: {SENTENCES[-1]!r}": folder / f"held_out/{clip}.wav"}
+    wavs |= {title: folder / f"{name}/{clip}_generated.wav" for title, name in stages.items()}
+    draw_spectrograms(wavs, load_config(folder / "config.json"), folder / "spectrograms.png")
+    draw_curve(folder / "cp/logs", folder / "curve.png")
+    (folder / "report.md").write_text(
+        f"# What MISRNet learnt in minutes\n\n{HELD_OUT} sentences that it never heard, vocoded "
+        f"from their mels:\n\n{table}\n\n"
+        "`mel_l1`: lower is better; the others: higher. `python evaluate.py --help` says what "
+        "each is.\n\n![spectrograms](spectrograms.png)\n\n![learning curve](curve.png)\n\n"
+        f"The whole demonstration took {seconds / 60:.1f} minutes. It is one: a synthetic voice, "
+        f"{len(SENTENCES) - HELD_OUT} sentences, a small generator, no adversarial losses. A "
+        "vocoder for real speech takes a corpus such as LJSpeech (24 hours) and days on a GPU: "
+        "`python train.py --config config_v1.json`.\n"
+    )
+
+
+def main() -> int:
+    """The demonstration, stage by stage."""
+    parser = command_parser(
+        "Makes a small corpus with eSpeak NG, trains a vocoder on it and shows what was learnt.",
+        example="python demo.py --minutes 2",
+    )
+    parser.add_argument("--minutes", type=positive, default=4, metavar="N", help="of training")
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="DIR", default="demo", help="must not exist yet"
+    )
+    a = parser.parse_args()
+    folder, begin = a.output_dir, time.monotonic()
+    if folder.exists():
+        raise UserError(f"{folder}: exists; remove it or pass another --output_dir")
+    say(f"1. A corpus: eSpeak NG speaks {len(SENTENCES)} sentences (seconds).")
+    seconds = write_corpus(folder)
+    say(f"   {seconds / 60:.1f} minutes of speech in {folder}/wavs; {HELD_OUT} are held out.")
+    say("\n2. The held-out sentences, by weights that know another voice (half a minute).")
+    stages = {"shipped weights": "before"}
+    rows = {"shipped weights": vocode(folder, PRETRAINED, "before")}
+    say(f"\n3. Training on this voice for {a.minutes} minutes; its Mel-Spec. Error should fall.")
+    train(folder, a.minutes)
+    saved = checkpoint_steps(folder / "cp", "g")
+    if not saved:
+        raise UserError(f"not one step in {a.minutes} minutes; raise --minutes")
+    for steps, name in {saved[0]: "early", saved[-1]: "final"}.items():
+        say(f"\n4. The held-out sentences after {steps} steps (half a minute).")
+        stages[f"after {steps} steps"] = name
+        checkpoint = checkpoint_path(folder / "cp", "g", steps)
+        rows[f"after {steps} steps"] = vocode(folder, checkpoint, name)
+    say("\n5. From mels, in chunks of a third of a second, as a stream would have them (seconds).")
+    stream(folder, checkpoint)
+    table = metric_table(rows)
+    write_report(folder, stages, table, time.monotonic() - begin)
+    say(
+        f"\n{table}\n\nListen to {folder}/before and {folder}/final, and to "
+        f"{folder}/held_out, what they should sound like; look at {folder}/report.md.\n"
+        "This was a synthetic voice and minutes of training. For real speech see the README."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    command_line(main)
