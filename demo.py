@@ -265,7 +265,7 @@ def draw_spectrograms(wavs: dict[str, Path], h: Config, path: Path) -> None:
         mel = log_mel(load_wav(wav, h.sampling_rate)[None])[0]
         end = mel.shape[1] * h.hop_size / h.sampling_rate
         extent = (0, end, 0, h.num_mels)
-        axes.imshow(mel, aspect="auto", origin="lower", vmin=low, vmax=high, extent=extent)
+        axes.imshow(mel.numpy(), aspect="auto", origin="lower", vmin=low, vmax=high, extent=extent)
         axes.set(title=title, ylabel="mel band")
     axes.set_xlabel("time (s)")
     figure.savefig(path, dpi=100)
