@@ -134,10 +134,17 @@ def synthesize_batch(generator: Generator, mels: list[Mel]) -> list[torch.Tensor
     return [wav[: mel.shape[1] * generator.hop_size] for wav, mel in zip(wavs, mels, strict=True)]
 
 
-def add_common_arguments(
-    parser: argparse.ArgumentParser, files: argparse._ArgumentGroup, output_dir: str
+def add_arguments(
+    parser: argparse.ArgumentParser, flag: str, holds: str, default: str, output_dir: str
 ) -> None:
-    """The flags of both inference scripts, beside the one, in the group `files`, for the input."""
+    """The flags of both inference scripts; `flag` names the input, which `holds` says what."""
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        flag,
+        metavar="PATH",
+        default=default,
+        help=f"{holds}: a folder, searched in depth, or one file",
+    )
     files.add_argument(
         "--output_dir", metavar="DIR", default=output_dir, help="for the wavs; made if needed"
     )
@@ -227,14 +234,13 @@ def main() -> int:
         example="python inference.py --input_wavs_dir test_files "
         "--checkpoint_file cp_misrnet/g_00500000",
     )
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--input_wavs_dir",
-        metavar="PATH",
+    add_arguments(
+        parser,
+        flag="--input_wavs_dir",
+        holds="audio in any format and at any rate",
         default="test_files",
-        help="audio in any format and at any rate: a folder, searched in depth, or one file",
+        output_dir="generated_files",
     )
-    add_common_arguments(parser, files, output_dir="generated_files")
     a = parser.parse_args()
     generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
     jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, "_generated.wav")

@@ -5,7 +5,7 @@ python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_mis
 
 from functools import partial
 
-from inference import add_common_arguments, load_generator, vocode_files
+from inference import add_arguments, load_generator, vocode_files
 from meldataset import load_mel
 from utils import command_line, command_parser, plan_outputs
 
@@ -17,15 +17,14 @@ def main() -> int:
         example="python inference_e2e.py --input_mels_dir test_mel_files "
         "--checkpoint_file cp_misrnet/g_00500000",
     )
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--input_mels_dir",
-        metavar="PATH",
+    add_arguments(
+        parser,
+        flag="--input_mels_dir",
+        holds=".npy files, [num_mels, T] or [1, num_mels, T], natural logarithm, by the config's "
+        "recipe",
         default="test_mel_files",
-        help=".npy files, [num_mels, T] or [1, num_mels, T], natural logarithm, by the config's "
-        "recipe: a folder, searched in depth, or one file",
+        output_dir="generated_files_from_mel",
     )
-    add_common_arguments(parser, files, output_dir="generated_files_from_mel")
     a = parser.parse_args()
     generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
     jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")
