@@ -1,0 +1,153 @@
+"""Trains variants of a generator for some hundred updates, and prints how well each learns.
+
+    python -m tests.learn --input_wavs_dir LJSpeech-1.1/wavs --input_training_file training.txt \\
+        --input_validation_file validation.txt --variants misr mrf --seeds 1 2 3
+
+The generator alone, on HiFi-GAN's mel loss, or with --adversarial against discriminators of an
+eighth of the width; in bfloat16, with train.py's own update. The learning rate falls to 0, so that
+seeds compare. Prints a row of the README's table for each variant: the parameters, the validation
+mel error of each seed and the CPU seconds of an update.
+"""
+
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import models
+from env import Config, load_config, select_device
+from meldataset import EndlessBatches, MelDataset
+from state import State, build_state
+from tests.conftest import ROOT
+from train import training_step
+from utils import command_line, command_parser, positive
+
+WARM_UP = 20  # updates
+COMMON = {
+    "learning_rate": 0.0005,
+    "lr_decay": 1.0,
+    "num_workers": 0,
+    "discriminator_channel_mult": 0.125,
+}
+
+
+class Variant(NamedTuple):
+    """A config, and what no config holds."""
+
+    config: str = "config_v2.json"
+    changes: dict = {}  # noqa: RUF012 - never written
+    noise: float = models.VIEW_NOISE
+    shared_rate: float = 1.0  # times the learning rate, in MISR's shared blocks
+
+
+VARIANTS = {
+    "misr": Variant(),
+    "mrf": Variant("configs/hifigan_v2.json"),
+    "mrf_104": Variant("configs/hifigan_v2.json", {"upsample_initial_channel": 104}),
+    "conv": Variant(changes={"misr_merge": "conv"}),
+    "kernel_7": Variant(changes={"resblock_kernel_size": 7}),
+    "n_2": Variant(changes={"resblock_num": 2}),
+    "n_4": Variant(changes={"resblock_num": 4}),
+    "half_noise": Variant(noise=models.VIEW_NOISE / 2),
+    "twice_noise": Variant(noise=models.VIEW_NOISE * 2),
+    "twice_rate": Variant(shared_rate=2.0),
+}
+
+
+def make_config(variant: Variant, seed: int, batch_size: int) -> Config:
+    """The config of one run."""
+    values = json.loads((ROOT / variant.config).read_text()) | COMMON | variant.changes
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(values | {"seed": seed, "batch_size": batch_size}))
+        return load_config(path)
+
+
+def make_state(variant: Variant, h: Config) -> State:
+    """A fresh generator whose optimizer knows the shared blocks' own rate."""
+    with mock.patch.object(models, "VIEW_NOISE", variant.noise):
+        state = build_state(h, select_device("cpu"), "bf16")
+    if variant.shared_rate != 1:
+        shared = [p for block in state.generator.resblocks for p in block.resblock.parameters()]
+        ids = {id(p) for p in shared}
+        rest = [p for p in state.generator.parameters() if id(p) not in ids]
+        groups = [{"params": rest}, {"params": shared, "lr": h.learning_rate * variant.shared_rate}]
+        betas = (h.adam_b1, h.adam_b2)
+        state.optim_g = torch.optim.AdamW(groups, h.learning_rate, betas=betas, fused=True)
+    return state
+
+
+def learn(state: State, clips: MelDataset, updates: int, adversarial: bool) -> float:
+    """Trains; returns the CPU seconds of an update."""
+    groups = state.optim_g.param_groups + state.optim_d.param_groups
+    rates = [group["lr"] for group in groups]
+    batches, begin = iter(EndlessBatches(len(clips), state.h)), time.process_time()
+    for update in range(updates):
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * min(1, (update + 1) / WARM_UP) * (1 - update / updates)
+        mel, wav = (
+            torch.stack(x) for x in zip(*map(clips.__getitem__, next(batches)), strict=True)
+        )
+        training_step(state, mel, wav, adversarial)
+    return (time.process_time() - begin) / updates
+
+
+@torch.no_grad()
+def mel_error(state: State, clips: MelDataset) -> float:
+    """The mean over whole clips, as train.py's validation."""
+    errors = []
+    for mel, wav in map(clips.whole, range(len(clips))):
+        with state.autocast():
+            wav_hat = state.generator(mel[None])[0]
+        errors.append(float(F.l1_loss(state.mel_for_loss(wav_hat), state.mel_for_loss(wav))))
+    return math.fsum(errors) / len(errors)
+
+
+def main() -> None:
+    """Prints a row for each variant."""
+    parser = command_parser(
+        "Trains variants of a generator for some hundred updates; prints how well each learns.",
+        example="python -m tests.learn --input_wavs_dir LJSpeech-1.1/wavs --variants misr mrf",
+    )
+    for flag, metavar, default in (
+        ("input_wavs_dir", "DIR", "LJSpeech-1.1/wavs"),
+        ("input_training_file", "FILE", "LJSpeech-1.1/training.txt"),
+        ("input_validation_file", "FILE", "LJSpeech-1.1/validation.txt"),
+    ):
+        parser.add_argument(f"--{flag}", metavar=metavar, default=default, help="as of train.py")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows of the table"
+    )
+    for flag, nargs, default in (("seeds", "+", [1, 2, 3]), ("updates", None, 400)):
+        parser.add_argument(
+            f"--{flag}", nargs=nargs, type=positive, default=default, help="of each"
+        )
+    parser.add_argument("--batch_size", type=positive, default=4, help="segments in an update")
+    parser.add_argument("--adversarial", action="store_true", help="train against discriminators")
+    a = parser.parse_args()
+    print("| variant | parameters | mel error, each seed | mean | CPU seconds an update |")
+    print("|---|---|---|---|---|", flush=True)
+    for name in a.variants:
+        errors, seconds = [], []
+        for seed in a.seeds:
+            h = make_config(VARIANTS[name], seed, a.batch_size)
+            state = make_state(VARIANTS[name], h)
+            clips = MelDataset(h, a.input_training_file, a.input_wavs_dir)
+            seconds.append(learn(state, clips, a.updates, a.adversarial))
+            validation = MelDataset(h, a.input_validation_file, a.input_wavs_dir)
+            errors.append(mel_error(state, validation))
+        state.generator.remove_weight_norm()
+        count = sum(p.numel() for p in state.generator.parameters())
+        each = ", ".join(f"{error:.3f}" for error in errors)
+        mean, cost = (math.fsum(values) / len(values) for values in (errors, seconds))
+        print(f"| {name} | {count:,} | {each} | {mean:.3f} | {cost:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    command_line(main)
