@@ -40,7 +40,14 @@ from models import Discriminators, Generator
 from state import build_state
 from tests import hifigan
 from train import training_step
-from utils import command_line, command_parser, natural, positive, replacing
+from utils import (
+    command_line,
+    command_parser,
+    is_out_of_memory,
+    natural,
+    positive,
+    replacing,
+)
 
 MEASURED_FRAMES = 128  # a whole number of hops, from which a second is computed
 
@@ -135,14 +142,13 @@ def inference_contestants(h: Config, device: torch.device, seconds: float) -> di
         name: Timing(partial(synthesize, generator, torch.randn(h.num_mels, frames) - 5))
         for name, generator in generators.items()
     }
-    plain_h = load_config(
-        Path(__file__).parent / BASELINES.get(h.upsample_initial_channel, BASELINES[128])
-    )
-    plain = hifigan.TextbookGenerator(plain_h).to(device).eval()
-    hifigan.remove_weight_norms(plain)
-    frames = math.ceil(seconds * plain_h.sampling_rate / plain_h.hop_size)
-    mel = torch.randn(1, plain_h.num_mels, frames, device=device) - 5
-    contestants["plain"] = Timing(torch.inference_mode()(lambda: plain(mel)))
+    if h.upsample_initial_channel in BASELINES:
+        plain_h = load_config(Path(__file__).parent / BASELINES[h.upsample_initial_channel])
+        plain = hifigan.TextbookGenerator(plain_h).to(device).eval()
+        hifigan.remove_weight_norms(plain)
+        frames = math.ceil(seconds * plain_h.sampling_rate / plain_h.hop_size)
+        mel = torch.randn(1, plain_h.num_mels, frames, device=device) - 5
+        contestants["plain"] = Timing(torch.inference_mode()(lambda: plain(mel)))
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
         contestants[f"matmul, {name}"] = Timing(lambda a=a: a @ a)
@@ -167,16 +173,17 @@ def inference_row(config: str, seconds: int, device: torch.device, repeats: int)
         peak = MATMUL_SIZE**3 / contestants[f"matmul, {precision}"].spread().median
         row |= {
             f"{precision}: times real time": ours.spread(of=seconds),
-            f"{precision}: of plain fp32 HiFi-GAN": median_ratio(contestants["plain"], ours),
+            f"{precision}: of plain fp32 HiFi-GAN": median_ratio(contestants.get("plain"), ours),
             f"{precision}: of matmul": macs / ours.spread().median / peak,
         }
-    loop = contestants.get("loop")
-    row["of the loop"] = median_ratio(loop, contestants["ours, fp32"]) if loop else ""
+    row["of the loop"] = median_ratio(contestants.get("loop"), contestants["ours, fp32"])
     return row
 
 
-def median_ratio(slow: Timing, fast: Timing) -> float:
-    """How many times as fast `fast` is: the median over turns."""
+def median_ratio(slow: Timing | None, fast: Timing) -> float | str:
+    """How many times as fast `fast` is: the median over turns; nothing where there is no `slow`."""
+    if slow is None:
+        return ""
     return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
@@ -188,9 +195,9 @@ def memory_row(config: str, minutes: int, chunk_frames: int, device: torch.devic
         figures = pool.submit(stream_once, config, minutes, chunk_frames, device)
         try:
             megabytes, first, speed = figures.result()
-        except RuntimeError as error:  # as a killed process is, too
-            if not isinstance(error, BrokenProcessPool) and "memory" not in str(error):
-                raise
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, BrokenProcessPool) and not is_out_of_memory(error):
+                raise  # a process that the system kills for its memory breaks the pool
             return row | {"peak MB": "out of memory", "first sound, s": "", "times real time": ""}
     return row | {"peak MB": round(megabytes), "first sound, s": first, "times real time": speed}
 

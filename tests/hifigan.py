@@ -188,12 +188,28 @@ class Block(nn.Module):
         return x
 
 
+class Block2(nn.Module):
+    """HiFi-GAN's ResBlock2, likewise."""
+
+    def __init__(self, channels: int, k: int, dilations):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            weight_norm(nn.Conv1d(channels, channels, k, 1, dilation=d, padding=(k * d - d) // 2))
+            for d in dilations
+        )
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = conv(F.leaky_relu(x, 0.1)) + x
+        return x
+
+
 class TextbookGenerator(nn.Module):
     """HiFi-GAN's generator with old weight norm, `resblocks.{stage * kernels + k}`."""
 
     def __init__(self, h):
         super().__init__()
-        c = h.upsample_initial_channel
+        c, block = h.upsample_initial_channel, {"1": Block, "2": Block2}[h.resblock]
         self.num_kernels = len(h.resblock_kernel_sizes)
         self.conv_pre = weight_norm(nn.Conv1d(h.num_mels, c, 7, 1, padding=3))
         self.ups = nn.ModuleList()
@@ -202,7 +218,7 @@ class TextbookGenerator(nn.Module):
             up = nn.ConvTranspose1d(c // 2**i, c // 2 ** (i + 1), k, u, padding=(k - u) // 2)
             self.ups.append(weight_norm(up))
             pairs = zip(h.resblock_kernel_sizes, h.resblock_dilation_sizes, strict=True)
-            self.resblocks.extend(Block(c // 2 ** (i + 1), kernel, d) for kernel, d in pairs)
+            self.resblocks.extend(block(c // 2 ** (i + 1), kernel, d) for kernel, d in pairs)
         self.conv_post = weight_norm(nn.Conv1d(c // 2 ** len(self.ups), 1, 7, 1, padding=3))
 
     def forward(self, x):

@@ -36,7 +36,10 @@ def test_training_steps_are_timed_in_turns(tmp_path, capsys):
 
 
 def test_inference_is_timed_beside_plain_hifigan(tmp_path, capsys):
-    configs = [write_config(tmp_path / f"{i}.json", f"configs/{i}_v2.json") for i in NAMES]
+    configs = [
+        write_config(tmp_path / f"{i}.json", f"configs/{i}_v2.json", upsample_initial_channel=128)
+        for i in NAMES
+    ]
     run_main(
         benchmark,
         *("--infer", "--config", *configs),
@@ -47,6 +50,14 @@ def test_inference_is_timed_beside_plain_hifigan(tmp_path, capsys):
         speeds = [float(cell.split()[0]) for cell in (row[2], row[3], row[5], row[6])]
         assert min(speeds) > 0
     assert [bool(row[-1].strip(" |")) for row in rows] == [True, False]  # MRF has no loop
+
+
+def test_a_generator_of_another_width_has_no_plain_hifigan_beside_it(tmp_path, capsys):
+    config = write_config(tmp_path / "toy.json")
+    flags = ("--seconds", 1, "--repeats", 1, "--device", "cpu")
+    run_main(benchmark, "--infer", "--config", config, *flags)
+    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert cells[3] == cells[6] == ""
 
 
 def test_memory_is_measured_whole_and_in_chunks(tmp_path, capsys):

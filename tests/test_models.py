@@ -323,8 +323,9 @@ def test_bf16_waveforms_leave_the_generator_in_fp32(tmp_path):
 # ------------------------------------------------------------------- HiFi-GAN's weights and layout
 
 
-def test_hifigan_generator_files_load(tmp_path):
-    h = toy_config(tmp_path, "configs/hifigan_v2.json")
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_hifigan_generator_files_load(tmp_path, version):
+    h = toy_config(tmp_path, f"configs/hifigan_{version}.json")
     textbook = randomise(hifigan.TextbookGenerator(h).double())
     generator = Generator(h).double()
     generator.load_state_dict(textbook.state_dict())
