@@ -44,7 +44,16 @@ from tqdm import tqdm
 
 from env import Config, UserError, load_config, one_line
 from meldataset import AUDIO_EXTENSIONS, LogMelSpectrogram, load_wav
-from utils import PICTURED_LOG_MELS, check_inside, command_line, command_parser, positive, replacing
+from utils import (
+    PICTURED_LOG_MELS,
+    check_inside,
+    command_line,
+    command_parser,
+    end_cleanly_on_sigterm,
+    end_with_parent,
+    positive,
+    replacing,
+)
 
 SIDES = ("reference", "generated")
 ENDINGS = ("_generated", "_generated_e2e")  # what the inference scripts add to a name
@@ -545,6 +554,7 @@ def measure_all(
 def _prepare_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+    end_with_parent()
 
 
 # ------------------------------------------------------------------------------------ the report
@@ -737,6 +747,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Prints a table in markdown; returns 1 where a file had to be skipped."""
     a = parse_arguments()
+    end_cleanly_on_sigterm()
     sys.stdout.reconfigure(errors="replace")  # a terminal without arrows shall not end the run
     h = load_config(a.config)
     pairs, *unpaired = pair_files(a.reference_dir, a.generated_dir)

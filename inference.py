@@ -57,6 +57,7 @@ def load_generator(
     Raises:
         UserError: an unreadable file, no config.json beside it, or one that does not fit.
     """
+    device = select_device(str(device))  # first: threads take over how denormals are treated
     contents = load_checkpoint(checkpoint_file)
     config = Path(checkpoint_file).with_name("config.json")
     if not config.exists():
@@ -71,7 +72,7 @@ def load_generator(
         load_weights(Generator(h), contents["generator"], checkpoint_file)
     generator = Generator(h)
     load_weights(generator, contents["generator"], checkpoint_file)
-    return prepare(generator, select_device(str(device)), precision), h
+    return prepare(generator, device, precision), h
 
 
 def prepare(generator: Generator, device: torch.device, precision: str) -> Generator:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from env import Config, UserError, mean_over_processes, rank, world_size
 from meldataset import MelDataset, audio_seconds
 from state import State
-from utils import plot_spectrogram, say
+from utils import end_with_parent, plot_spectrogram, say
 
 DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
 
@@ -49,9 +49,10 @@ class Monitor:
 
     def __init__(self, state: State, folder: Path, last_step: int, eval_metrics: bool):
         self.h = state.h
-        self.steps, self.time = state.steps, time.monotonic()
-        self.steps_per_second = 0.0
+        self.marks: dict[str, tuple[int, float]] = {}  # steps and seconds, for _speed
+        self._start_clock(state.steps)
         self.shown: set[int] = set()
+        self.clips: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the validation under way
         is_first = rank() == 0
         self.bar = tqdm(
             initial=state.steps,
@@ -75,16 +76,14 @@ class Monitor:
         shown = [name for name in LONG if name in losses]
         values = mean_over_processes(torch.stack([losses[name] for name in shown])).tolist()
         means = dict(zip(shown, values, strict=True))
-        steps, now = state.steps - self.steps, time.monotonic()
-        self.steps_per_second = steps / max(1e-9, now - self.time)
-        self.steps, self.time = state.steps, now
+        speed = self._speed("line", state.steps)
         if not self.bar.disable:
             text = ", ".join(f"{SHORT[name]} {means[name]:.3f}" for name in means)
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(state.steps - self.bar.n)
         else:
             text = ", ".join(f"{LONG[name]} : {means[name]:.4f}" for name in means)
-            say(f"Steps : {state.steps}, {text}, s/b : {1 / self.steps_per_second:.3f}")
+            say(f"Steps : {state.steps}, {text}, s/b : {1 / speed:.3f}")
 
     def summary(self, state: State, losses: dict[str, torch.Tensor]) -> None:
         """The scalars of training, in every process together."""
@@ -95,7 +94,7 @@ class Monitor:
             "learning_rate": state.optim_g.param_groups[0]["lr"],
             "gradient_norm_generator": gradient_norm(state.generator),
             "gradient_norm_discriminators": gradient_norm(state.discriminators),
-            "steps_per_second": self.steps_per_second,
+            "steps_per_second": self._speed("summary", state.steps),
         }
         for name, value in scalars.items():
             self._log(SummaryWriter.add_scalar, f"training/{name}", value, state.steps)
@@ -103,9 +102,13 @@ class Monitor:
     def validation(self, state: State, mel_error: float) -> None:
         """The mel error of the validation clips."""
         say(f"Steps : {state.steps}, Validation Mel-Spec. Error : {mel_error:.4f}")
-        self.steps, self.time = state.steps, time.monotonic()
         self._log(SummaryWriter.add_scalar, "validation/mel_spec_error", mel_error, state.steps)
         self._log(SummaryWriter.flush)
+        if self.metrics is not None:
+            self._write_metrics()
+            self.metrics.submit(state.steps, self.clips)
+        self.clips = []
+        self._start_clock(state.steps)
 
     def clip(self, steps: int, index: int, real: tuple, generated: tuple) -> None:
         """Sound and picture, (wav [1, N], log-mel [num_mels, T]), of a validation clip.
@@ -119,8 +122,7 @@ class Monitor:
             kinds["gt/y"] = real
             self.shown.add(index)
         if self.metrics is not None:
-            self._write_metrics()
-            self.metrics.submit(steps, real[0], generated[0])
+            self.clips.append((real[0], generated[0]))
         rate = self.h.sampling_rate
         for tag, (wav, mel) in kinds.items():
             picture = plot_spectrogram(mel.cpu().numpy(), self.h.hop_size / rate)
@@ -143,6 +145,16 @@ class Monitor:
         if self.metrics is not None:
             self.metrics.close()
         self._log(SummaryWriter.close)
+
+    def _start_clock(self, steps: int) -> None:
+        """Begins to time updates: what came before is not training."""
+        self.marks = dict.fromkeys(("line", "summary"), (steps, time.monotonic()))
+
+    def _speed(self, reader: str, steps: int) -> float:
+        """Steps a second since this reader asked last, or since the clock was started."""
+        before, now = self.marks[reader], time.monotonic()
+        self.marks[reader] = (steps, now)
+        return (steps - before[0]) / max(1e-9, now - before[1])
 
     def _log(self, write: Callable, *arguments) -> None:
         """Calls a method of the writer, where there is one."""
@@ -180,7 +192,7 @@ def _leave_to_caller(raised: threading.ExceptHookArgs) -> None:
 class BackgroundMetrics:
     """evaluate.py's metrics of validation clips, in a process of its own: training does not wait.
 
-    A validation that comes before the last one is measured is passed over.
+    A validation that comes before the last one is measured is passed over, as a whole.
     """
 
     def __init__(self, h: Config):
@@ -190,14 +202,15 @@ class BackgroundMetrics:
         self.steps = 0  # of the validation that is being measured
         self.futures: list[Future] = []
 
-    def submit(self, steps: int, wav: torch.Tensor, wav_hat: torch.Tensor) -> None:
-        """Takes a clip of the validation at `steps`: waveforms [1, N]."""
-        if self.futures and steps != self.steps:
+    def submit(self, steps: int, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Takes the validation at `steps`: (wav, wav_hat), both [1, N], of each clip."""
+        if self.futures:
             return
         self.steps = steps
-        wavs = (each[0].float().cpu().numpy() for each in (wav, wav_hat))
-        with contextlib.suppress(BrokenProcessPool):  # `finished` has said so
-            self.futures.append(self.pool.submit(_evaluate, *wavs, self.h))
+        for pair in pairs:
+            wavs = (each[0].float().cpu().numpy() for each in pair)
+            with contextlib.suppress(BrokenProcessPool):  # `finished` has said so
+                self.futures.append(self.pool.submit(_evaluate, *wavs, self.h))
 
     def finished(self, patience: float) -> list[tuple[int, dict[str, float]]]:
         """[(steps, the means over clips by name)] once all clips are measured; before, nothing."""
@@ -222,6 +235,7 @@ def _step_back() -> None:
     """Leaves the machine to training, and signals to the group to the parent."""
     os.nice(10)
     os.setpgrp()
+    end_with_parent()
     torch.set_num_threads(1)
 
 

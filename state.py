@@ -168,7 +168,9 @@ def save(state: State, folder: Path, keep: int) -> None:
     check_losses(state, folder)
     modules = (state.generator, state.discriminators)
     if not all(p.isfinite().all() for module in modules for p in module.parameters()):
-        raise UserError(f"a weight is not finite at step {state.steps}; {_last_good(folder)}")
+        raise UserError(
+            f"a weight is not finite at step {state.steps}; {_last_good(folder, state.steps)}"
+        )
     if rank() > 0:
         return
     contents = {
@@ -195,11 +197,12 @@ def check_losses(state: State, folder: Path) -> None:
     """Raises UserError, in every process, where any has seen a loss that was not finite."""
     first = -max_over_processes(-int(state.first_bad_step))
     if first < NEVER:
-        raise UserError(f"a loss was not finite at step {first}; {_last_good(folder)}")
+        raise UserError(f"a loss was not finite at step {first}; {_last_good(folder, first)}")
 
 
-def _last_good(folder: Path) -> str:
-    pairs = paired_steps(folder)
+def _last_good(folder: Path, bad_step: int) -> str:
+    """Words for the newest pair before `bad_step`; later ones were damaged and skipped."""
+    pairs = [steps for steps in paired_steps(folder) if steps < bad_step]
     if not pairs:
         return f"{folder} holds no checkpoint yet"
     return f"the last good checkpoint is {checkpoint_path(folder, 'g', pairs[-1])}"
@@ -222,8 +225,8 @@ def resume(state: State, folder: Path) -> bool:
         except UserError as error:
             say(f"skipped: {error}")
             continue
-        _restore(state, g, do, paths)
         _check_config(state.h, folder / "config.json")
+        _restore(state, g, do, paths)
         say(f"resumed from {paths[0]} and {paths[1].name}, after {state.steps} steps")
         return True
     if pairs:

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import math
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -56,6 +55,7 @@ from utils import (
     boolean,
     command_line,
     command_parser,
+    is_out_of_memory,
     natural,
     positive,
     remove_temporary_files,
@@ -180,12 +180,10 @@ def validate(state: State, clips: MelDataset, monitor: Monitor) -> float:
     with parametrize.cached():
         for index in own_share(clips):
             try:
-                mel_in, wav = (x.to(state.device) for x in clips.whole(index))
+                wav, wav_hat = vocode_whole(state, clips, index)
             except UserError as error:
                 monitor.error, error_sum = error, error_sum + math.nan
                 continue
-            with state.autocast():
-                wav_hat = state.generator(mel_in.unsqueeze(0))[0]
             mel, mel_hat = state.mel_for_loss(wav)[0], state.mel_for_loss(wav_hat)[0]
             error_sum += F.l1_loss(mel_hat, mel)
             if index < SHOWN_CLIPS:
@@ -193,6 +191,25 @@ def validate(state: State, clips: MelDataset, monitor: Monitor) -> float:
     torch.backends.cudnn.benchmark = benchmark
     state.generator.train()
     return float(sum_over_processes(error_sum)) / len(clips)
+
+
+def vocode_whole(state: State, clips: MelDataset, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A whole clip and what the generator makes of its mel, both [1, N].
+
+    Raises:
+        UserError: a clip that is unusable, or too long for the memory.
+    """
+    mel, wav = (x.to(state.device) for x in clips.whole(index))
+    try:
+        with state.autocast():
+            return wav, state.generator(mel.unsqueeze(0))[0]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        clip, seconds = clips.wavs_dir / clips.clips[index], wav.shape[1] / state.h.sampling_rate
+        raise UserError(
+            f"{clip}: {seconds:.0f} s, out of memory in validation; cut it or take it off the list"
+        ) from None
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -295,6 +312,7 @@ def run(a: argparse.Namespace, state: State, clips: MelDataset, validation: MelD
         if not status:
             monitor.finish()
     if error or monitor.error:
+        leave_processes()  # all are here, whichever has the error
         raise error or monitor.error
     if status > BAD_DATA:
         name = signal.Signals(status - 128).name
@@ -388,7 +406,8 @@ def gpus_to_launch(device: str) -> int:
 
 def launch(processes: int) -> int:
     """Runs this command under torchrun, as `processes` processes; returns the exit status."""
-    options = ["--standalone", f"--nproc_per_node={processes}", "--shutdown_timeout=600"]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds, to save in
+    options = ["--standalone", f"--nproc_per_node={processes}"]
     try:
         torch.distributed.run.main([*options, *sys.argv])
     except SignalException as error:
@@ -401,15 +420,14 @@ def launch(processes: int) -> int:
 def main() -> int:
     """Trains as the command line says."""
     a = parse_arguments()
-    h = load_config(a.config)
+    h, config = load_config(a.config), Path(a.config).read_bytes()
+    device = select_device(a.device)
     gpus = gpus_to_launch(a.device)
     if h.batch_size % (gpus or world_size()):
         raise UsageError(
             f"{a.config}: batch_size = {h.batch_size}: expected a multiple of "
             f"{gpus or world_size()}, the number of processes"
         )
-    if gpus:
-        return launch(gpus)
     mels_dir = a.input_mels_dir if a.fine_tuning else None
     clips, validation = (
         MelDataset(h, file_list, a.input_wavs_dir, mels_dir)
@@ -422,16 +440,25 @@ def main() -> int:
         )
     for index in own_share(validation):  # an unusable clip shall end the run now, not hours later
         validation.whole(index)
+    if gpus:
+        return launch(gpus)
     with locked(a.checkpoint_path):
-        status = train(a, select_device(a.device), clips, validation)
+        status = train(a, device, config, clips, validation)
     leave_processes()
     return status
 
 
 def train(
-    a: argparse.Namespace, device: torch.device, clips: MelDataset, validation: MelDataset
+    a: argparse.Namespace,
+    device: torch.device,
+    config: bytes,
+    clips: MelDataset,
+    validation: MelDataset,
 ) -> int:
-    """Prepares the state, by resuming where there is something to resume, and runs."""
+    """Prepares the state, by resuming where there is something to resume, and runs.
+
+    `config` is the text of the config as it was when the run began.
+    """
     init_processes(device)
     torch.backends.cudnn.benchmark = True  # all segments have one size
     torch.backends.cudnn.allow_tf32 = True  # fp32 convolutions on GPUs; other products are exact
@@ -444,7 +471,7 @@ def train(
     if rank() == 0:
         remove_temporary_files(folder)
         with replacing(folder / "config.json") as temporary:
-            shutil.copyfile(a.config, temporary)
+            temporary.write_bytes(config)
     if a.compile:
         state.generator.compile()
         state.discriminators.compile()

@@ -3,11 +3,13 @@
 import argparse
 import errno
 import io
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 import wave
 import zipfile
@@ -53,6 +55,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True where no memory was left; on CPUs that is no torch.OutOfMemoryError."""
     words = ("allocate memory", "out of memory", "enough memory")
     return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+
+
+def end_with_parent() -> None:
+    """Lets this process end when the one that spawned it does, were it killed."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_cleanly_on_sigterm() -> None:
+    """Lets SIGTERM, too, unwind the stack, so that temporary files are removed."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 def say(text: str) -> None:
@@ -221,8 +238,7 @@ def process_files(
     Raises:
         WriteError: one of the errors.
     """
-    # So that a terminated script, too, removes its temporary file.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    end_cleanly_on_sigterm()
     files = sum(len(batch) for batch in batches)
     failures = 0
     with tqdm(total=files, unit="file", disable=None) as bar:

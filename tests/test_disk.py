@@ -423,5 +423,7 @@ def test_what_does_not_fit_is_named(run, changes):
     write_config(run.config, **changes)
     status, (line,) = run(3)
     assert status == 1
-    assert line.startswith(f"error: {run.folder}") and "does not fit the config" in line
+    (key,) = changes
+    assert line.startswith(f"error: {run.folder}/config.json: {key} = ")
+    assert "expected the same model and mel" in line
     assert contents(run.folder) == before

@@ -1,6 +1,7 @@
 """Several processes against one: the same updates, checkpoints that both can resume, no hangs."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -78,6 +80,21 @@ class TwoProcesses:
             text=True,
         )
 
+    def start_itself(self, *arguments) -> subprocess.Popen:
+        """As on a machine with two GPUs; they are made up, so that both processes take the CPU."""
+        flags = [*self.arguments, "--device", "auto", *map(str, arguments)]
+        code = (
+            "import sys, torch, train, utils; torch.cuda.device_count = lambda: 2; "
+            f"sys.argv = ['train.py', *{flags!r}]; utils.command_line(train.main)"
+        )
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
     def two(self, folder: Path, steps: int) -> str:
         process = self.start(folder, "--training_steps", steps)
         output = process.communicate(timeout=300)[0]
@@ -138,22 +155,10 @@ def test_a_signal_to_torchrun_saves_and_stops(runs, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, None])
 def test_a_machine_with_two_gpus_starts_two_processes(runs, tmp_path, number):
-    """Its torchrun keeps our exit status; the GPUs here are made up, so that both take the CPU."""
+    """Its torchrun keeps our exit status."""
     folder = tmp_path / "cp"
-    flags = [*runs.arguments, "--device", "auto", "--checkpoint_path", str(folder)]
-    if number is None:
-        flags += ["--training_steps", "2"]
-    code = (
-        "import sys, torch, train, utils; torch.cuda.device_count = lambda: 2; "
-        f"sys.argv = ['train.py', *{flags!r}]; utils.command_line(train.main)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    steps = ("--training_steps", 2) if number is None else ()
+    process = runs.start_itself("--checkpoint_path", folder, *steps)
     lines = iter(process.stdout.readline, "")
     seen = [next(line for line in lines if line.startswith("Steps : 2,"))]
     if number is not None:
@@ -186,3 +191,26 @@ def test_a_batch_that_does_not_divide_is_refused(runs, tmp_path, monkeypatch):
     with pytest.raises(env.UserError, match="batch_size = 2: expected a multiple of 3"):
         runs.one(tmp_path / "cp", 1)
     assert not (tmp_path / "cp").exists()
+
+
+def errors_of(process: subprocess.Popen) -> list[str]:
+    """The lines in which a run that fails says why, and never by a traceback."""
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "Traceback" not in output, output
+    return [line for line in output.splitlines() if line.startswith("error:")]
+
+
+def test_an_unusable_clip_of_one_process_ends_all_in_one_line(runs, corpus, tmp_path):
+    wavs = shutil.copytree(corpus / "wavs", tmp_path / "wavs")
+    soundfile.write(wavs / "clip0.wav", np.full(20_000, np.nan), 22050, subtype="FLOAT")
+    folder = tmp_path / "cp"
+    process = runs.start_itself("--input_wavs_dir", wavs, "--checkpoint_path", folder)
+    (line,) = errors_of(process)
+    assert "clip0.wav" in line
+
+
+def test_what_is_wrong_before_training_is_told_once(runs, tmp_path):
+    process = runs.start_itself("--input_wavs_dir", tmp_path, "--checkpoint_path", tmp_path / "cp")
+    (line,) = errors_of(process)
+    assert "no audio file for the id 'clip0'" in line

@@ -1,7 +1,10 @@
 """The training loop: its updates against the textbook, its promises on stopping and resuming."""
 
+import concurrent.futures
 import itertools
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,9 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import meldataset
+import monitor
 import train
 from env import UserError, load_config
-from meldataset import LogMelSpectrogram
+from meldataset import LogMelSpectrogram, MelDataset
+from models import Generator
 from monitor import BackgroundMetrics
 from state import State, build_state, resume, save, warm_start
 from tests import hifigan
@@ -31,7 +36,7 @@ from tests.conftest import (
     toy_config,
     write_config,
 )
-from utils import checkpoint_path, load_checkpoint
+from utils import checkpoint_path, load_checkpoint, paired_steps
 
 CPU = torch.device("cpu")
 
@@ -447,6 +452,7 @@ def test_a_lone_do_of_an_interrupted_first_save_starts_anew(run):
 
 def test_a_checkpoint_of_another_model_is_an_error(run):
     run(1)
+    (run.folder / "config.json").unlink()  # which would have told
     write_config(run.config, upsample_initial_channel=32)
     with pytest.raises(UserError, match=r"g_00000001: does not fit the config: .*size mismatch"):
         run(2)
@@ -556,17 +562,80 @@ def test_eval_metrics_are_measured_beside_training(run, capsys):
     assert events.Scalars("validation/mel_l1")[0].value == pytest.approx(mel_error.value, rel=1e-2)
 
 
+def test_metrics_are_of_whole_validations(run, monkeypatch, capsys):
+    """However fast they are measured, and however slowly clips are generated."""
+
+    class Instant(concurrent.futures.Executor):
+        def submit(self, _, wav, wav_hat, h):
+            future = concurrent.futures.Future()
+            future.set_result({"seconds": len(wav) / h.sampling_rate})
+            return future
+
+    monkeypatch.setattr(monitor, "ProcessPoolExecutor", lambda *_, **__: Instant())
+    run(3, "--validation_interval", 1, "--eval_metrics")
+    shown = re.findall(r"Steps : (\d), Validation metrics : seconds (.*)", capsys.readouterr().out)
+    lengths = [0.4 + 0.05 * 5, 0.4 + 0.05 * 6]  # of the corpus' validation clips
+    assert [steps for steps, _ in shown] == ["1", "2", "3"]
+    for _, mean in shown:
+        assert float(mean) == pytest.approx(np.mean(lengths), abs=0.012)  # cut to whole frames
+
+
 def test_a_killed_measurement_is_named_and_training_goes_on(tmp_path, capsys):
     metrics = BackgroundMetrics(toy_config(tmp_path))
     wav = torch.zeros(1, 22050)
-    metrics.submit(1, wav, wav)
+    metrics.submit(1, [(wav, wav)])
     for pid in list(metrics.pool._processes):
         os.kill(pid, signal.SIGKILL)
     assert metrics.finished(patience=60) == []
     assert "Steps : 1, no metrics of 1 clips : BrokenProcessPool" in capsys.readouterr().out
-    metrics.submit(2, wav, wav)
+    metrics.submit(2, [(wav, wav)])
     assert metrics.finished(patience=0) == []
     metrics.close()
+
+
+def test_the_speed_of_each_entry_is_its_own(run):
+    """Also where lines on the terminal are rarer."""
+    run(3, "--summary_interval", 1, "--stdout_interval", 100)
+    events = EventAccumulator(str(run.folder / "logs"))
+    events.Reload()
+    speeds = [event.value for event in events.Scalars("training/steps_per_second")]
+    assert len(set(speeds)) == 3 and min(speeds) > 0
+
+
+def test_a_validation_clip_too_long_for_the_memory_ends_the_run_saved(run, monkeypatch):
+    forward = Generator.forward
+
+    def scarce(self, mel):
+        if not self.training:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(self, mel)
+
+    monkeypatch.setattr(Generator, "forward", scarce)
+    with pytest.raises(
+        UserError, match=r"/clip[56]\.wav: 1 s, out of memory in validation; cut it"
+    ):
+        run(9, "--validation_interval", 2)
+    assert paired_steps(run.folder) == [2]
+
+
+def test_the_config_of_a_run_is_the_one_it_began_with(run, monkeypatch):
+    text = run.config.read_bytes()
+
+    def edited_meanwhile(*arguments):
+        write_config(run.config, fmax=4000)
+        return MelDataset(*arguments)
+
+    monkeypatch.setattr(train, "MelDataset", edited_meanwhile)
+    run(1)
+    assert (run.folder / "config.json").read_bytes() == text
+
+
+def test_a_damaged_checkpoint_is_not_the_last_good_one(run, monkeypatch):
+    run(2)
+    checkpoint_path(run.folder, "do", 2).write_bytes(b"damaged")
+    monkeypatch.setattr(train, "generator_loss", lambda scores: scores[0].sum() * math.nan)
+    with pytest.raises(UserError, match=r"not finite at step 2; .* is .*g_00000001$"):
+        run(3, "--stdout_interval", 1)
 
 
 def test_fine_tuning(run, corpus, tmp_path):

@@ -5,6 +5,9 @@ import os
 import pickle
 import resource
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from env import UserError
-from tests.conftest import save_checkpoint
+from tests.conftest import ROOT, save_checkpoint
 from utils import (
     Job,
     boolean,
@@ -534,3 +537,37 @@ def test_any_other_error_keeps_its_traceback():
 
     with pytest.raises(ValueError, match="a bug"):
         command_line(main)
+
+
+SPAWN = """
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing, os, time
+from utils import end_with_parent
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "spawn.py").write_text(SPAWN)
+    command = [sys.executable, tmp_path / "spawn.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as parent:
+        stat_file = Path(f"/proc/{int(parent.stdout.readline())}/stat")
+        assert is_alive(stat_file)
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while is_alive(stat_file):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(stat_file: Path) -> bool:
+    """False for a process that is gone, or dead and not yet asked how it ended."""
+    try:
+        return stat_file.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
