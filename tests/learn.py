@@ -1,12 +1,12 @@
 """Trains variants of a generator for some hundred updates, and prints how well each learns.
 
-    python -m tests.learn --input_wavs_dir LJSpeech-1.1/wavs --input_training_file training.txt \\
-        --input_validation_file validation.txt --variants misr mrf --seeds 1 2 3
+    python -m tests.learn --variants misr mrf --updates 2000      # of the README's tables
 
 The generator alone, on HiFi-GAN's mel loss, or with --adversarial against discriminators of an
-eighth of the width; in bfloat16, with train.py's own update. The learning rate falls to 0, so that
-seeds compare. Prints a row of the README's table for each variant: the parameters, the validation
-mel error of each seed and the CPU seconds of an update.
+eighth of the width; in bfloat16, on one core, with train.py's own update. The learning rate rises
+to 0.0005 in 20 updates and falls to 0 at the last, so that seeds compare. Prints a row of the
+README's tables for each variant: the parameters, the validation mel error of each seed, their mean
+and the CPU seconds of an update.
 """
 
 import json
@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 
 import models
-from env import Config, load_config, select_device
+from env import Config, UserError, load_config, select_device
 from meldataset import EndlessBatches, MelDataset
 from state import State, build_state
 from tests.conftest import ROOT
 from train import training_step
 from utils import command_line, command_parser, positive
 
+LISTS = ROOT / "pretrained/istft_v2_ljspeech"  # of three minutes and half a minute of LJSpeech
 WARM_UP = 20  # updates
 COMMON = {
     "learning_rate": 0.0005,
@@ -43,6 +44,7 @@ class Variant(NamedTuple):
     config: str = "config_v2.json"
     changes: dict = {}  # noqa: RUF012 - never written
     noise: float = models.VIEW_NOISE
+    starts_as_views: bool = True  # False: PyTorch's default initialisation of MISR
     shared_rate: float = 1.0  # times the learning rate, in MISR's shared blocks
 
 
@@ -56,6 +58,7 @@ VARIANTS = {
     "n_4": Variant(changes={"resblock_num": 4}),
     "half_noise": Variant(noise=models.VIEW_NOISE / 2),
     "twice_noise": Variant(noise=models.VIEW_NOISE * 2),
+    "default_init": Variant(starts_as_views=False),
     "twice_rate": Variant(shared_rate=2.0),
 }
 
@@ -71,7 +74,11 @@ def make_config(variant: Variant, seed: int, batch_size: int) -> Config:
 
 def make_state(variant: Variant, h: Config) -> State:
     """A fresh generator whose optimizer knows the shared blocks' own rate."""
-    with mock.patch.object(models, "VIEW_NOISE", variant.noise):
+    initialise = models.MISR._initialise if variant.starts_as_views else lambda *_: None
+    with (
+        mock.patch.object(models, "VIEW_NOISE", variant.noise),
+        mock.patch.object(models.MISR, "_initialise", initialise),
+    ):
         state = build_state(h, select_device("cpu"), "bf16")
     if variant.shared_rate != 1:
         shared = [p for block in state.generator.resblocks for p in block.resblock.parameters()]
@@ -117,30 +124,35 @@ def main() -> None:
     )
     for flag, metavar, default in (
         ("input_wavs_dir", "DIR", "LJSpeech-1.1/wavs"),
-        ("input_training_file", "FILE", "LJSpeech-1.1/training.txt"),
-        ("input_validation_file", "FILE", "LJSpeech-1.1/validation.txt"),
+        ("input_training_file", "FILE", LISTS / "training.txt"),
+        ("input_validation_file", "FILE", LISTS / "validation.txt"),
     ):
         parser.add_argument(f"--{flag}", metavar=metavar, default=default, help="as of train.py")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows of the table"
     )
-    for flag, nargs, default in (("seeds", "+", [1, 2, 3]), ("updates", None, 400)):
-        parser.add_argument(
-            f"--{flag}", nargs=nargs, type=positive, default=default, help="of each"
-        )
+    parser.add_argument(
+        "--seeds", nargs="+", type=positive, default=[1, 2, 3], help="of the runs of each variant"
+    )
+    parser.add_argument("--updates", type=positive, default=400, help="in each run")
     parser.add_argument("--batch_size", type=positive, default=4, help="segments in an update")
     parser.add_argument("--adversarial", action="store_true", help="train against discriminators")
     a = parser.parse_args()
+    torch.set_num_threads(1)  # CPU seconds are of all threads together
     print("| variant | parameters | mel error, each seed | mean | CPU seconds an update |")
     print("|---|---|---|---|---|", flush=True)
     for name in a.variants:
         errors, seconds = [], []
         for seed in a.seeds:
             h = make_config(VARIANTS[name], seed, a.batch_size)
+            clips, validation = (
+                MelDataset(h, file_list, a.input_wavs_dir)
+                for file_list in (a.input_training_file, a.input_validation_file)
+            )
+            if len(clips) < a.batch_size or not len(validation):
+                raise UserError(f"expected {a.batch_size} clips to train on and 1 to validate with")
             state = make_state(VARIANTS[name], h)
-            clips = MelDataset(h, a.input_training_file, a.input_wavs_dir)
             seconds.append(learn(state, clips, a.updates, a.adversarial))
-            validation = MelDataset(h, a.input_validation_file, a.input_wavs_dir)
             errors.append(mel_error(state, validation))
         state.generator.remove_weight_norm()
         count = sum(p.numel() for p in state.generator.parameters())
