@@ -254,7 +254,8 @@ METRICS = (
         better="lower",
         library="torch",
         description="Mean absolute difference of log-mels (natural logarithm of magnitudes, up to "
-        "the config's fmax_for_loss): the error that validation shows.",
+        "the config's fmax_for_loss): the error that validation shows, there of clips brought to "
+        "a peak of 0.95.",
         function=_mel_l1,
     ),
     Metric(

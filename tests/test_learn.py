@@ -8,7 +8,7 @@ import torch
 from meldataset import MelDataset
 from state import State
 from tests import learn
-from tests.conftest import TOY, corpus_arguments, run_main
+from tests.conftest import ROOT, TOY, corpus_arguments, run_main
 
 
 def test_the_script_prints_a_row_of_the_table_for_each_variant(corpus, monkeypatch, capsys):
@@ -64,3 +64,22 @@ def test_the_noise_of_a_variant_is_what_it_says():
     assert noise("half_noise") == pytest.approx(0.25, rel=0.05)
     assert noise("misr") == pytest.approx(0.5, rel=0.05)
     assert noise("twice_noise") == pytest.approx(1.0, rel=0.05)
+
+
+def test_the_commands_of_the_readme_are_understood(capsys):
+    """Its rows are variants too, whose parameters are as it says."""
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^python -m tests\.learn ?(.*)$", readme, flags=re.MULTILINE)
+    assert len(commands) == 4
+    with pytest.raises(SystemExit):
+        run_main(learn, "--help")
+    flags = set(re.findall(r"--\w+", capsys.readouterr().out))
+    assert {word for words in commands for word in words.split() if word[0] == "-"} <= flags
+    rows = re.findall(r"^\| (\w+)[^|]* \| [\d,]+(?: adv\w+)? \| ([\d,]+) \|", readme, re.MULTILINE)
+    assert {name for name, _ in rows} == set(learn.VARIANTS)
+    for name, count in rows:
+        generator = learn.make_state(
+            learn.VARIANTS[name], learn.make_config(learn.VARIANTS[name], 1, 4)
+        ).generator
+        generator.remove_weight_norm()
+        assert f"{sum(p.numel() for p in generator.parameters()):,}" == count

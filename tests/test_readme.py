@@ -84,7 +84,7 @@ COMMANDS = [
     command.split()
     for language, block in BLOCKS
     for command in block.replace("\\\n", " ").splitlines()
-    if not language and command.startswith("python ")
+    if not language and command.startswith("python ") and not command.startswith("python -m ")
 ]
 INLINE = [command.split() for command in re.findall(r"`(python \w+\.py --[^`]+)`", README)]
 
