@@ -40,7 +40,7 @@ from utils import (
 )
 
 HERE = Path(__file__).parent
-PRETRAINED = HERE / "pretrained/istft_v2_ljspeech/g_00022000"
+PRETRAINED = HERE / "pretrained/istft_v2_ljspeech/g_00057768"
 # To those weights' config: what makes the most of a few minutes.
 CHANGES = {"learning_rate": 0.001, "lr_decay": 0.998}
 CHECKPOINT_INTERVAL = 200  # steps
