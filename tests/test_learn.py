@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from env import UserError
 from meldataset import MelDataset
 from state import State
 from tests import learn
@@ -83,3 +84,9 @@ def test_the_commands_of_the_readme_are_understood(capsys):
         ).generator
         generator.remove_weight_norm()
         assert f"{sum(p.numel() for p in generator.parameters()):,}" == count
+
+
+def test_too_few_clips_are_an_error_and_no_endless_wait(corpus):
+    flags = corpus_arguments(corpus)[:6]
+    with pytest.raises(UserError, match="expected 9 clips to train on"):
+        run_main(learn, *flags, "--batch_size", 9, "--updates", 1)
