@@ -27,17 +27,11 @@ import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from audio import load_wav
+from checkpoint import checkpoint_path, checkpoint_steps
 from env import Config, UserError, load_config
-from meldataset import LogMelSpectrogram, load_wav
-from utils import (
-    PICTURED_LOG_MELS,
-    checkpoint_path,
-    checkpoint_steps,
-    command_line,
-    command_parser,
-    positive,
-    say,
-)
+from meldataset import LogMelSpectrogram
+from utils import PICTURED_LOG_MELS, command_line, command_parser, positive, say
 
 HERE = Path(__file__).parent
 PRETRAINED = HERE / "pretrained/istft_v2_ljspeech/g_00057768"

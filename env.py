@@ -5,22 +5,15 @@
 HiFi-GAN's and y-chan's JSON files load as they are.
 """
 
-import ctypes
 import difflib
 import json
 import math
-import os
-import platform
 import sys
 import types
 import typing
 from collections import Counter
 from dataclasses import MISSING, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 # HiFi-GAN's files hold these; nothing here needs them.
 IGNORED_KEYS = {"num_gpus", "num_freq", "dist_config"}
@@ -52,12 +45,6 @@ LARGEST_ITEM, LONGEST_LIST = 2**16, 16
 SMALLEST_SEGMENT = 6  # samples; of fewer, MPD's period of 11 has too little to reflect
 
 LONGEST_LINE = 1500  # characters of an error
-
-# Parameters of glibc's mallopt, from its malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-
-# A process that hears nothing from the others for so long gives up.
-PROCESS_TIMEOUT = timedelta(minutes=10)
 
 
 class UserError(Exception):
@@ -176,9 +163,6 @@ def load_config(path: str | Path) -> Config:
         h = Config(**_typed(values))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    if h.uses_misr and "misr_merge" not in values and rank() == 0:
-        note = f'{path}: no misr_merge, so "mean"; y-chan\'s port merges by "conv"'
-        print(one_line(note), file=sys.stderr)
     return h
 
 
@@ -371,96 +355,3 @@ def _is_odd(size: int) -> bool:
 
 def _are_dilations(values: tuple) -> bool:
     return len(values) > 0 and all(isinstance(value, int) and value > 0 for value in values)
-
-
-def select_device(name: str) -> torch.device:
-    """The device called `auto`, `cpu`, `cuda` or `cuda:<index>`.
-
-    `auto` is CUDA where there is any, else the CPU; `cuda` is the GPU of this process's local rank.
-    For the CPU, also sets what makes the process fast there: denormals are flushed to zero, and
-    glibc keeps the memory that it is given back.
-
-    Raises:
-        UsageError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:<index>")
-    if device.type == "cpu":
-        _speed_up_cpu()
-        return device
-    if device.index is not None and world_size() > 1:
-        raise UsageError(f"--device {name}: expected cuda, for several processes have a GPU each")
-    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-    if index >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UsageError(
-            f"--device {name}: this machine has {count} CUDA devices; try --device cpu"
-        )
-    return torch.device("cuda", index)
-
-
-def _speed_up_cpu() -> None:
-    """Settings of this process, of threads that start later; twice as fast on long inputs."""
-    torch.set_flush_denormal(True)  # numbers near zero, as silence makes, are slow otherwise
-    if platform.libc_ver()[0] == "glibc":
-        # By default large blocks go back to the system when freed, and come anew, page by page.
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def rank() -> int:
-    """The number of this process among all, of all machines; 0 is the one that writes."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """The number of processes of this run, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def init_processes(device: torch.device) -> None:
-    """Joins the processes that torchrun started: nccl for GPU tensors, gloo for CPU tensors."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size() == 1:
-        return
-    if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PROCESS_TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=PROCESS_TIMEOUT)
-
-
-def leave_processes() -> None:
-    """Takes leave of the other processes; does nothing in a run of one."""
-    if dist.is_initialized():
-        dist.barrier()  # none may close its end while another still speaks
-        dist.destroy_process_group()
-
-
-def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """The sum of `value` over all processes, given to each; `value` itself in a run of one."""
-    if world_size() > 1:
-        value = value.clone()
-        dist.all_reduce(value, op=dist.ReduceOp.SUM)
-    return value
-
-
-def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """The mean of `value` over all processes, given to each; `value` itself in a run of one."""
-    return sum_over_processes(value) / world_size()
-
-
-def max_over_processes(value: int) -> int:
-    """The largest `value` of all processes, given to each: how they agree on what comes next."""
-    if world_size() == 1:
-        return value
-    shared = torch.tensor(value)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return int(shared)

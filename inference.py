@@ -20,27 +20,21 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from env import Config, UserError, load_config, select_device
-from meldataset import (
-    AUDIO_EXTENSIONS,
-    SILENT_LOG_MEL,
-    LogMelSpectrogram,
-    WavMel,
-    wav_mel,
-)
+from audio import AUDIO_EXTENSIONS, write_wav
+from checkpoint import load_checkpoint, load_weights
+from distributed import select_device
+from env import Config, UserError, load_config
+from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, WavMel, wav_mel
 from models import Generator
 from utils import (
     Job,
     command_line,
     command_parser,
     is_out_of_memory,
-    load_checkpoint,
-    load_weights,
     natural,
     plan_outputs,
     positive,
     process_files,
-    write_wav,
 )
 
 Mel = torch.Tensor | WavMel  # [num_mels, T]: has a shape, and mel[:, first:stop]

@@ -5,8 +5,8 @@ python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_mis
 
 from functools import partial
 
+from audio import load_mel
 from inference import add_arguments, load_generator, vocode_files
-from meldataset import load_mel
 from utils import command_line, command_parser, plan_outputs
 
 

@@ -15,18 +15,14 @@ from typing import NamedTuple
 
 import librosa
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from audio import AUDIO_EXTENSIONS, load_mel, load_wav, write_npy
 from env import Config, UserError, load_config
-from utils import Job, command_line, command_parser, plan_outputs, process_files, write_npy
+from utils import Job, command_line, command_parser, plan_outputs, process_files
 
-# What libsndfile reads, by extension; the first that exists is taken for an id.
-AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
-
-LOWEST_RATE = 1000  # Hz; below, a file is damaged, and to resample it could fill the memory
 MAX_AMPLITUDE = 0.95  # of each training clip's peak, as in HiFi-GAN
 MIN_POWER = 1e-9  # keeps the gradient of the square root finite
 MIN_MAGNITUDE = 1e-5
@@ -136,70 +132,6 @@ class WavMel:
 def wav_mel(path: str | Path, log_mel: LogMelSpectrogram, h: Config) -> WavMel:
     """The mel of an audio file, at the level that it has; raises UserError as `load_wav` does."""
     return WavMel(log_mel, load_wav(path, h.sampling_rate, min_samples=h.hop_size))
-
-
-def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torch.Tensor:
-    """Any file that soundfile reads, as one float32 channel [N] in [-1, 1] at `sampling_rate` Hz.
-
-    Raises:
-        UserError: unreadable or empty file, NaN or infinity, or fewer than `min_samples` samples;
-            the message names the file.
-    """
-    try:
-        # As bytes, for soundfile takes no text with what is no UTF-8.
-        wav, file_rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
-    except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
-        raise UserError(f"{path}: cannot be read as audio ({error})") from None
-    if file_rate < LOWEST_RATE:
-        raise UserError(f"{path}: sampled at {file_rate} Hz; expected at least {LOWEST_RATE}")
-    if not np.isfinite(wav).all():
-        raise UserError(f"{path}: holds samples that are NaN or infinite")
-    wav = np.clip(wav, -1, 1, out=wav).mean(axis=1)
-    if len(wav) > 0 and file_rate != sampling_rate:
-        wav = librosa.resample(wav, orig_sr=file_rate, target_sr=sampling_rate, res_type="soxr_hq")
-    if len(wav) < min_samples:
-        raise UserError(
-            f"{path}: {len(wav)} samples at {sampling_rate} Hz; expected at least {min_samples}"
-        )
-    return torch.from_numpy(wav).clamp_(-1, 1)
-
-
-def audio_seconds(path: str | Path) -> float:
-    """How long an audio file says it is; raises UserError, which names it, where it is none."""
-    try:
-        return soundfile.info(os.fsencode(path)).duration
-    except (OSError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as audio ({error})") from None
-
-
-def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
-    """A log-mel .npy file, [num_mels, T] or [1, num_mels, T], as float32 [num_mels, T].
-
-    Raises:
-        UserError: unreadable, pickled, empty or non-finite file, or another shape; the message
-            names the file.
-    """
-    try:
-        # Mapped, so that a header that claims too much fails before any memory is taken.
-        with np.errstate(over="ignore"):  # as its claims may
-            mel = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged header fails in a dozen ways
-        raise UserError(f"{path}: not a readable .npy array ({error})") from None
-    if not isinstance(mel, np.ndarray) or mel.dtype.kind not in "fiu":
-        raise UserError(f"{path}: expected one .npy array of real numbers")
-    shape = mel.shape
-    if len(shape) == 3 and shape[0] == 1:
-        mel = mel[0]
-    if mel.ndim != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
-        turned = mel.ndim == 2 and mel.shape[1] == num_mels
-        hint = "; it looks transposed: swap its last two axes" if turned else ""
-        expected = f"[{num_mels}, T] or [1, {num_mels}, T]"
-        raise UserError(f"{path}: shape {list(shape)}; expected {expected}{hint}")
-    with np.errstate(over="ignore"):  # becomes infinite
-        mel = torch.from_numpy(mel.astype(np.float32, order="C"))
-    if not mel.isfinite().all():
-        raise UserError(f"{path}: holds values that are NaN or infinite")
-    return mel
 
 
 def read_clips(file_list: str | Path, wavs_dir: str | Path) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from env import Config
+from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, reshape, scale_conv
 
 LRELU_SLOPE = 0.1
 POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, its weights need it
@@ -27,42 +28,6 @@ POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, i
 # of the noise that makes N views of the identity differ, times the root of the channels.
 RESIDUAL_STD = 0.01
 VIEW_NOISE = 0.5
-
-
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """x [B, C, T], laid out in memory as [B, T, C]; no copy where it is already."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def is_channels_last(x: torch.Tensor) -> bool:
-    """True where x [B, C, T] lies in memory as [B, T, C]."""
-    return x.transpose(1, 2).is_contiguous()
-
-
-class Conv1d(nn.Conv1d):
-    """nn.Conv1d, with the options used here, that takes and gives either layout.
-
-    nn.Conv1d itself would copy a channels-last input. As a picture of height 1 it stays as it is.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not is_channels_last(x):
-            return super().forward(x)
-        weight, stride, padding = self.weight.unsqueeze(2), (1, *self.stride), (0, *self.padding)
-        dilation = (1, *self.dilation)
-        y = F.conv2d(x.unsqueeze(2), weight, self.bias, stride, padding, dilation, self.groups)
-        return y.squeeze(2)
-
-
-class ConvTranspose1d(nn.ConvTranspose1d):
-    """nn.ConvTranspose1d that takes and gives either layout, as Conv1d."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not is_channels_last(x):
-            return super().forward(x)
-        weight, stride, padding = self.weight.unsqueeze(2), (1, *self.stride), (0, *self.padding)
-        y = F.conv_transpose2d(x.unsqueeze(2), weight, self.bias, stride=stride, padding=padding)
-        return y.squeeze(2)
 
 
 def _conv1d(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> Conv1d:
@@ -183,16 +148,10 @@ class MISR(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, T = x.shape
         N = self.num_inputs
-        y = self.resblock(_reshape(self.input_conv(x), B * N, C, T))
+        y = self.resblock(reshape(self.input_conv(x), B * N, C, T))
         if self.output_conv is None:
             return sum(y.reshape(B, N, C, T).unbind(1)) / N
-        return self.output_conv(_reshape(y, B, N * C, T))
-
-
-def _reshape(x: torch.Tensor, *shape: int) -> torch.Tensor:
-    """x [B, C, T] in another shape, in the layout that it has."""
-    y = x.reshape(shape)
-    return channels_last(y) if is_channels_last(x) else y
+        return self.output_conv(reshape(y, B, N * C, T))
 
 
 class InverseSTFT(nn.Module):
@@ -361,16 +320,10 @@ class PeriodDiscriminator(nn.Module):
         x = wav.reshape(B, 1, -1, self.period).transpose(2, 3)  # [B, 1, period, N / period]
         features = []
         for conv in self.convs:
-            x = F.leaky_relu(_conv_along_time(conv, x), LRELU_SLOPE)
+            x = F.leaky_relu(conv_along_time(conv, x), LRELU_SLOPE)
             features.append(x.transpose(2, 3))
-        features.append(_conv_along_time(self.conv_post, x).transpose(2, 3))
+        features.append(conv_along_time(self.conv_post, x).transpose(2, 3))
         return features[-1].flatten(1), features
-
-
-def _conv_along_time(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """The (k, 1) convolution `conv` as a (1, k) one of x [B, C, period, S]."""
-    weight, stride, padding = conv.weight.transpose(2, 3), conv.stride[::-1], conv.padding[::-1]
-    return F.conv2d(x, weight, conv.bias, stride=stride, padding=padding)
 
 
 class ScaleDiscriminator(nn.Module):
@@ -397,41 +350,10 @@ class ScaleDiscriminator(nn.Module):
     def forward(self, wav: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         x, features = wav, []
         for conv in self.convs:
-            x = F.leaky_relu(_scale_conv(conv, x), LRELU_SLOPE)
+            x = F.leaky_relu(scale_conv(conv, x), LRELU_SLOPE)
             features.append(x)
-        features.append(_scale_conv(self.conv_post, x))
+        features.append(scale_conv(self.conv_post, x))
         return features[-1].flatten(1), features
-
-
-FOLD = 4  # samples; a multiple of MSD's strides
-
-
-def _scale_conv(conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
-    """`conv(x)`, 2 to 4 times as fast on CPUs where `conv` is strided and grouped.
-
-    CPU libraries are slow at strides and at groups of few channels. So FOLD samples of time become
-    channels and the FOLD / stride phases of the output too: a convolution of stride 1 with more
-    channels in each group, whose kernels are those of `conv`, shifted for each phase. The same sum.
-    """
-    with torch.autocast(x.device.type, enabled=False):  # spectral norm's products stay in fp32
-        weight = conv.weight
-    is_folded = conv.groups > 1 and conv.stride[0] > 1 and x.device.type == "cpu"
-    if not is_folded:
-        return F.conv1d(x, weight, conv.bias, conv.stride, conv.padding, groups=conv.groups)
-    (B, C, T), (C_out, C_in, K) = x.shape, weight.shape
-    stride, padding = conv.stride[0], conv.padding[0]  # padding is a multiple of FOLD
-    S = (T + 2 * padding - K) // stride + 1  # output samples
-    phases = FOLD // stride
-    taps = -(-((phases - 1) * stride + K) // FOLD)
-    x = F.pad(x, (0, -T % FOLD)) if T % FOLD else x
-    x = x.reshape(B, C, -1, FOLD).transpose(2, 3).reshape(B, C * FOLD, -1)
-    shifts = [(i * stride, taps * FOLD - K - i * stride) for i in range(phases)]
-    weight = torch.stack([F.pad(weight, shift) for shift in shifts], dim=1)
-    weight = weight.reshape(C_out * phases, C_in, taps, FOLD).transpose(2, 3)
-    weight = weight.reshape(C_out * phases, C_in * FOLD, taps)
-    bias = conv.bias.repeat_interleave(phases)
-    y = F.conv1d(x, weight, bias, padding=padding // FOLD, groups=conv.groups)
-    return y.reshape(B, C_out, phases, -1).transpose(2, 3).reshape(B, C_out, -1)[..., :S]
 
 
 class MultiPeriodDiscriminator(nn.Module):

@@ -17,9 +17,11 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from env import Config, UserError, mean_over_processes, rank, world_size
-from meldataset import MelDataset, audio_seconds
-from state import State
+from audio import audio_seconds
+from checkpoint import State
+from distributed import mean_over_processes, rank, world_size
+from env import Config, UserError
+from meldataset import MelDataset
 from utils import end_with_parent, plot_spectrogram, say
 
 DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
@@ -240,7 +242,7 @@ def _step_back() -> None:
 
 
 def _evaluate(wav: np.ndarray, wav_hat: np.ndarray, h: Config) -> dict[str, float | None]:
-    from evaluate import evaluate_pair
+    from metrics import evaluate_pair
 
     return evaluate_pair(torch.from_numpy(wav), torch.from_numpy(wav_hat), h)
 

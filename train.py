@@ -25,22 +25,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.nn.utils import parametrize
 
-from env import (
-    UsageError,
-    UserError,
-    init_processes,
-    leave_processes,
-    load_config,
-    max_over_processes,
-    rank,
-    select_device,
-    sum_over_processes,
-    world_size,
-)
-from meldataset import EndlessBatches, MelDataset
-from models import discriminator_loss, feature_loss, generator_loss
-from monitor import Monitor, describe
-from state import (
+from checkpoint import (
     NEVER,
     State,
     build_state,
@@ -51,6 +36,19 @@ from state import (
     share_over_processes,
     warm_start,
 )
+from distributed import (
+    init_processes,
+    leave_processes,
+    max_over_processes,
+    rank,
+    select_device,
+    sum_over_processes,
+    world_size,
+)
+from env import UsageError, UserError, load_config
+from meldataset import EndlessBatches, MelDataset
+from models import discriminator_loss, feature_loss, generator_loss
+from monitor import Monitor, describe
 from utils import (
     boolean,
     command_line,

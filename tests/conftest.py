@@ -1,102 +1,26 @@
-"""What the tests share: a toy config, and a small corpus of made-up speech."""
+"""What the tests share."""
 
-import json
 import os
-import sys
 from pathlib import Path
 
 # Threads only get in each other's way at toy size. Set before torch loads; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 import export_onnx
-from env import Config, load_config
+from env import load_config
 from models import Generator
-from utils import writing_checkpoint
+from tools.toy import ROOT, make_corpus, run_main, save_checkpoint, write_config
 
-ROOT = Path(__file__).parent.parent
 ALL_CONFIGS = sorted([*ROOT.glob("config_*.json"), *ROOT.glob("configs/*.json")])
-
-# One training step takes a few hundredths of a second with these.
-TOY = {
-    "upsample_initial_channel": 16,
-    "discriminator_channel_mult": 0.01,
-    "segment_size": 2048,
-    "batch_size": 2,
-    "num_workers": 0,
-}
-
-
-def toy_values(config: str = "config_v2.json", **changes) -> dict:
-    """The JSON values of a shipped config at toy size."""
-    return json.loads((ROOT / config).read_text()) | TOY | changes
-
-
-def toy_config(tmp_path: Path, config: str = "config_v2.json", **changes) -> Config:
-    """A shipped config at toy size, read from a file."""
-    return load_config(write_config(tmp_path / "toy.json", config, **changes))
-
-
-def write_config(path: Path, config: str = "config_v2.json", **changes) -> Path:
-    """Writes a shipped config at toy size; a change to None drops the key, but for the fmaxes."""
-    values = toy_values(config, **changes)
-    kept = {k: v for k, v in values.items() if v is not None or k.startswith("fmax")}
-    path.write_text(json.dumps(kept))
-    return path
-
-
-def speech_like(seconds: float, sampling_rate: int = 22050, seed: int = 0) -> np.ndarray:
-    """A gliding harmonic tone with pauses and a little noise, [N] in [-1, 1]."""
-    random = np.random.default_rng(seed)
-    time = np.arange(int(seconds * sampling_rate)) / sampling_rate
-    pitch = 120 + 40 * random.random() + 20 * np.sin(2 * np.pi * 1.5 * time + random.random())
-    phase = 2 * np.pi * np.cumsum(pitch) / sampling_rate
-    voice = sum(np.sin(k * phase) / k for k in range(1, 20))
-    loudness = np.clip(np.sin(2 * np.pi * 2 * time + seed), 0, 1)
-    noise = 0.01 * random.standard_normal(len(time))
-    return (0.2 * voice * loudness + noise).clip(-1, 1).astype(np.float32)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder with wavs/ of 7 clips, training.txt with 5 of them and validation.txt with 2."""
     return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def make_corpus(folder: Path) -> Path:
-    """Fills `folder` as `corpus` says, and returns it."""
-    (folder / "wavs").mkdir()
-    names = [f"clip{i}" for i in range(7)]
-    for i, name in enumerate(names):
-        wav = speech_like(0.4 + 0.05 * i, seed=i)
-        soundfile.write(folder / "wavs" / f"{name}.wav", wav, 22050, subtype="PCM_16")
-    (folder / "training.txt").write_text("".join(f"{name}|words\n" for name in names[:5]))
-    (folder / "validation.txt").write_text("".join(f"{name}\n" for name in names[5:]))
-    return folder
-
-
-def corpus_arguments(corpus: Path) -> list[str]:
-    """train.py's flags for `corpus`, on the CPU."""
-    return [
-        *("--input_wavs_dir", str(corpus / "wavs")),
-        *("--input_training_file", str(corpus / "training.txt")),
-        *("--input_validation_file", str(corpus / "validation.txt")),
-        *("--device", "cpu"),
-    ]
-
-
-def run_main(module, *arguments) -> int:
-    """Runs a script's main with command-line arguments, in this process; returns its status."""
-    saved = sys.argv
-    sys.argv = [f"{module.__name__}.py", *map(str, arguments)]
-    try:
-        return module.main() or 0
-    finally:
-        sys.argv = saved
 
 
 @pytest.fixture(scope="session")
@@ -114,9 +38,3 @@ def exported(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-def save_checkpoint(path: Path, contents: dict) -> None:
-    """A checkpoint file of tensors and plain types."""
-    with writing_checkpoint(path, contents):
-        pass

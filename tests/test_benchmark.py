@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import benchmark
-from tests.conftest import ROOT, run_main, write_config
+from tools import benchmark
+from tools.toy import ROOT, run_main, write_config
 
 NAMES = ("istft", "hifigan")
 

@@ -15,18 +15,11 @@ import torch
 
 import inference
 import train
+from checkpoint import locked, paired_steps
 from env import load_config
 from models import Generator
-from state import locked
-from tests.conftest import (
-    ROOT,
-    corpus_arguments,
-    run_main,
-    save_checkpoint,
-    speech_like,
-    write_config,
-)
-from utils import paired_steps, replacing
+from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, speech_like, write_config
+from utils import replacing
 
 
 def start(*command) -> subprocess.Popen:

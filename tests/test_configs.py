@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from checkpoint import build_state
 from env import load_config
 from export_onnx import largest_difference, to_onnx
 from inference import prepare, synthesize
 from models import Generator
-from state import build_state
-from tests.conftest import ALL_CONFIGS, ROOT, toy_config
+from tests.conftest import ALL_CONFIGS
+from tools.toy import ROOT, toy_config
 from train import training_step
 
 # Width enough for each stage to have channels; everything else as shipped.

@@ -8,9 +8,9 @@ import pytest
 import soundfile
 
 import demo
+from checkpoint import checkpoint_steps
 from env import UserError
-from tests.conftest import run_main
-from utils import checkpoint_steps
+from tools.toy import run_main
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ import inference
 import inference_e2e
 import meldataset
 import train
+from checkpoint import CHANGEABLE_KEYS, checkpoint_path, load_checkpoint, paired_steps
 from env import Config
-from state import CHANGEABLE_KEYS
-from tests.conftest import ROOT, corpus_arguments, run_main, speech_like, toy_values, write_config
 from tests.test_utils import full_disk
-from utils import checkpoint_path, command_line, load_checkpoint, paired_steps
+from tools.toy import ROOT, corpus_arguments, run_main, speech_like, toy_values, write_config
+from utils import command_line
 
 
 def contents(folder: Path) -> dict[str, bytes]:

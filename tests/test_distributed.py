@@ -18,9 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import env
 import train
-from state import build_state, share_over_processes
-from tests.conftest import ROOT, corpus_arguments, run_main, write_config
-from utils import checkpoint_path, load_checkpoint, paired_steps
+from checkpoint import (
+    build_state,
+    checkpoint_path,
+    load_checkpoint,
+    paired_steps,
+    share_over_processes,
+)
+from tools.toy import ROOT, corpus_arguments, run_main, write_config
 
 STEPS = 4
 

@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
-from env import UserError, load_config, select_device
-from tests.conftest import ALL_CONFIGS, ROOT, toy_values, write_config
+from distributed import select_device
+from env import UserError, load_config
+from tests.conftest import ALL_CONFIGS
+from tools.toy import ROOT, toy_values, write_config
 
 # config_v1.json of jik876/hifi-gan, as it is there.
 HIFIGAN_V1 = """{

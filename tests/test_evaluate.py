@@ -23,9 +23,10 @@ import torch.nn.functional as F
 
 import evaluate
 from env import Config, UserError, load_config
-from evaluate import METRICS, Pair, Pitch, evaluate_pair, measure, pair_files, summarize
+from evaluate import pair_files, summarize
 from meldataset import LogMelSpectrogram
-from tests.conftest import ROOT, run_main, speech_like
+from metrics import METRICS, Pair, Pitch, evaluate_pair, measure
+from tools.toy import ROOT, run_main, speech_like
 
 RATE = 22050
 SECONDS = 1.3  # of speech: enough for every metric

@@ -12,7 +12,7 @@ import torch
 import export_onnx
 from env import UserError, load_config
 from inference import synthesize
-from tests.conftest import run_main
+from tools.toy import run_main
 
 
 def export(folder) -> int:

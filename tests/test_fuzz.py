@@ -1,6 +1,6 @@
 """Damaged and senseless files: the right result, or one line that names the file, and soon.
 
-Cases follow from fixed seeds. `python -m tests.fuzz 10000` tries that many of each kind.
+Cases follow from fixed seeds. `python tools/stress/fuzz.py 10000` tries that many of each kind.
 """
 
 import copy
@@ -24,16 +24,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from audio import load_mel, load_wav, write_npy
+from checkpoint import (
+    COUNT_NAMES,
+    build_state,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    warm_start,
+)
 from env import Config, UserError, load_config
 from inference import load_generator, synthesize
-from meldataset import LogMelSpectrogram, load_mel, load_wav, read_clips
+from meldataset import LogMelSpectrogram, read_clips
 from models import Discriminators, Generator
-from state import build_state, warm_start
-from tests.conftest import speech_like, toy_values
+from tools.toy import speech_like, toy_values
 from train import count_update, set_learning_rate
-from utils import COUNT_NAMES, load_checkpoint, load_optimizer, load_weights, write_npy
 
-# Tests run few cases; tests/fuzz.py loads a profile with more before it imports this.
+# Tests run few cases; tools/stress/fuzz.py loads a profile with more before it imports this.
 settings.register_profile("tests", max_examples=25, derandomize=True, database=None, deadline=None)
 if settings.get_current_profile_name() == "default":
     settings.load_profile("tests")

@@ -22,7 +22,7 @@ from env import Config, UserError, load_config
 from inference import load_generator, stream, synthesize, synthesize_batch
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, wav_mel
 from models import Generator, ResBlock1, ResBlock2
-from tests.conftest import ROOT, run_main, save_checkpoint, speech_like, write_config
+from tools.toy import ROOT, run_main, save_checkpoint, speech_like, write_config
 
 RATE = 22050
 HOP = 256

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import Generator, InverseSTFT
-from tests.conftest import toy_config
+from tools.toy import toy_config
 
 
 def by_torch(x: torch.Tensor, n_fft: int, hop_size: int) -> torch.Tensor:

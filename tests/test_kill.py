@@ -9,10 +9,11 @@ import torch
 
 import train
 import utils
+from checkpoint import checkpoint_path, load_checkpoint, paired_steps
 from env import UserError
-from tests.conftest import corpus_arguments, run_main, write_config
-from tests.kill import Kill, kill_over_and_over, random_kill
-from utils import checkpoint_path, load_checkpoint, paired_steps, remove_temporary_files, replacing
+from tools.stress.kill import Kill, kill_over_and_over, random_kill
+from tools.toy import corpus_arguments, run_main, write_config
+from utils import remove_temporary_files, replacing
 
 # In each trainer's first save, but for the two last; the first os.replace is config.json's.
 CHOSEN = [

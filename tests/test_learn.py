@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 
+from checkpoint import State
 from env import UserError
 from meldataset import MelDataset
-from state import State
-from tests import learn
-from tests.conftest import ROOT, TOY, corpus_arguments, run_main
+from tools import learn
+from tools.toy import ROOT, TOY, corpus_arguments, run_main
 
 
 def test_the_script_prints_a_row_of_the_table_for_each_variant(corpus, monkeypatch, capsys):
@@ -70,7 +70,7 @@ def test_the_noise_of_a_variant_is_what_it_says():
 def test_the_commands_of_the_readme_are_understood(capsys):
     """Its rows are variants too, whose parameters are as it says."""
     readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^python -m tests\.learn ?(.*)$", readme, flags=re.MULTILINE)
+    commands = re.findall(r"^python tools/learn\.py ?(.*)$", readme, flags=re.MULTILINE)
     assert len(commands) == 4
     with pytest.raises(SystemExit):
         run_main(learn, "--help")

@@ -15,19 +15,10 @@ import torch
 import torch.nn.functional as F
 
 import meldataset
+from audio import AUDIO_EXTENSIONS, load_mel, load_wav
 from env import Config, UserError
-from meldataset import (
-    AUDIO_EXTENSIONS,
-    EndlessBatches,
-    LogMelSpectrogram,
-    MelDataset,
-    MelLoss,
-    WavMel,
-    load_mel,
-    load_wav,
-    read_clips,
-)
-from tests.conftest import run_main, speech_like, toy_config, write_config
+from meldataset import EndlessBatches, LogMelSpectrogram, MelDataset, MelLoss, WavMel, read_clips
+from tools.toy import run_main, speech_like, toy_config, write_config
 
 RATE, HOP, SEGMENT = 22050, 256, 2048  # of the toy config
 FRAMES = SEGMENT // HOP

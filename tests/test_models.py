@@ -9,22 +9,20 @@ from torch import nn
 
 import models
 from env import load_config
+from fastconv import Conv1d, ConvTranspose1d, channels_last, is_channels_last
 from models import (
     MISR,
     MRF,
-    Conv1d,
-    ConvTranspose1d,
     Discriminators,
     Generator,
     MultiPeriodDiscriminator,
     MultiScaleDiscriminator,
     ResBlock1,
     ResBlock2,
-    channels_last,
-    is_channels_last,
 )
-from tests import hifigan
-from tests.conftest import ALL_CONFIGS, ROOT, toy_config
+from tests.conftest import ALL_CONFIGS
+from tools import textbook
+from tools.toy import ROOT, toy_config
 
 RESBLOCKS = [ResBlock1, ResBlock2]
 MERGES = ["mean", "conv"]
@@ -66,7 +64,7 @@ def grouped_misr(misr: MISR, x: torch.Tensor) -> torch.Tensor:
     return misr.output_conv(torch.cat(outputs, dim=1))
 
 
-@pytest.mark.parametrize("oracle", [hifigan.misr_loop, grouped_misr])
+@pytest.mark.parametrize("oracle", [textbook.misr_loop, grouped_misr])
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("resblock", RESBLOCKS)
 @pytest.mark.parametrize("num_inputs", [1, 3])
@@ -326,31 +324,31 @@ def test_bf16_waveforms_leave_the_generator_in_fp32(tmp_path):
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 def test_hifigan_generator_files_load(tmp_path, version):
     h = toy_config(tmp_path, f"configs/hifigan_{version}.json")
-    textbook = randomise(hifigan.TextbookGenerator(h).double())
+    original = randomise(textbook.TextbookGenerator(h).double())
     generator = Generator(h).double()
-    generator.load_state_dict(textbook.state_dict())
+    generator.load_state_dict(original.state_dict())
     mel = torch.randn(2, h.num_mels, 12, dtype=torch.float64)
-    torch.testing.assert_close(generator(mel), textbook(mel), rtol=0, atol=1e-10)
+    torch.testing.assert_close(generator(mel), original(mel), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("length", [2048, 2049, 4093, 777])
 @pytest.mark.parametrize(
-    ("ours", "textbook"),
+    ("ours", "by_the_book"),
     [
-        (MultiPeriodDiscriminator, hifigan.MultiPeriod),
-        (MultiScaleDiscriminator, hifigan.MultiScale),
+        (MultiPeriodDiscriminator, textbook.MultiPeriod),
+        (MultiScaleDiscriminator, textbook.MultiScale),
     ],
 )
-def test_discriminators_equal_the_textbook(ours, textbook, length, tmp_path):
+def test_discriminators_equal_the_textbook(ours, by_the_book, length, tmp_path):
     """Old key names; lengths that no period divides; scores, features and their shapes."""
     h = toy_config(tmp_path, discriminator_channel_mult=0.05)
-    textbook = textbook(h.discriminator_channel_mult).double().eval()
+    original = by_the_book(h.discriminator_channel_mult).double().eval()
     discriminator = ours(h).double().eval()
-    discriminator.load_state_dict(textbook.state_dict())
+    discriminator.load_state_dict(original.state_dict())
     wav = torch.randn(2, 1, length, dtype=torch.float64)
     scores, features = discriminator(wav)
     for ours, (theirs, _) in zip(
-        zip(scores, features, strict=True), textbook(wav, wav), strict=True
+        zip(scores, features, strict=True), original(wav, wav), strict=True
     ):
         for a, b in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -359,15 +357,15 @@ def test_discriminators_equal_the_textbook(ours, textbook, length, tmp_path):
 def test_old_and_new_spectral_norm_train_alike(tmp_path):
     """Gradients through a frozen power iteration are the same."""
     h = toy_config(tmp_path)
-    textbook = hifigan.MultiScale(h.discriminator_channel_mult).double().eval()
+    original = textbook.MultiScale(h.discriminator_channel_mult).double().eval()
     discriminator = MultiScaleDiscriminator(h).double().eval()
-    discriminator.load_state_dict(textbook.state_dict())
+    discriminator.load_state_dict(original.state_dict())
     wav = torch.randn(1, 1, 2048, dtype=torch.float64)
-    ours, theirs = discriminator(wav)[0][0], textbook(wav, wav)[0][0][0]
+    ours, theirs = discriminator(wav)[0][0], original(wav, wav)[0][0][0]
     for scores in (ours, theirs):
         scores.square().sum().backward()
     weight = discriminator.discriminators[0].convs[1].parametrizations.weight.original
-    expected = textbook.discriminators[0].convs[1].weight_orig
+    expected = original.discriminators[0].convs[1].weight_orig
     torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-9, atol=1e-12)
 
 

@@ -1,6 +1,6 @@
 """Extreme mels, sounds and weights: finite sound within its bounds, or one line that says why not.
 
-Growth over many training steps is measured by tests/soak.py, by hand.
+Growth over many training steps is measured by tools/stress/soak.py, by hand.
 """
 
 from pathlib import Path
@@ -12,13 +12,14 @@ import torch
 
 import inference
 import inference_e2e
+from audio import load_wav
+from checkpoint import NEVER, build_state
 from env import UserError, load_config
 from inference import load_generator, prepare, stream, synthesize
-from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, load_wav
+from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
 from models import Generator
-from state import NEVER, build_state
-from tests.conftest import run_main, save_checkpoint, speech_like, toy_config, write_config
-from tests.soak import soak
+from tools.stress.soak import soak
+from tools.toy import run_main, save_checkpoint, speech_like, toy_config, write_config
 
 CONFIGS = {
     "MISR": "config_v2.json",
@@ -166,7 +167,7 @@ def test_any_level_of_sound_is_vocoded(checkpoint, level, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_noise_can_be_trained_on(precision, tmp_path):
-    """A few steps of tests/soak.py, which is run by hand for thousands."""
+    """A few steps of tools/stress/soak.py, which is run by hand for thousands."""
     state = build_state(toy_config(tmp_path), torch.device("cpu"), precision)
     seen = soak(state, steps=6, interval=2)
     assert [step for step, _ in seen] == [2, 4, 6]

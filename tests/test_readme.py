@@ -12,12 +12,12 @@ import pytest
 import soundfile
 import torch
 
+import checkpoint
 import inference_e2e
-import state
 import train
+from checkpoint import build_state, save
 from env import UserError, load_config
-from state import build_state, save
-from tests.conftest import ROOT, corpus_arguments, run_main, write_config
+from tools.toy import ROOT, corpus_arguments, run_main, write_config
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
@@ -86,7 +86,7 @@ COMMANDS = [
     for command in block.replace("\\\n", " ").splitlines()
     if not language and command.startswith("python ") and not command.startswith("python -m ")
 ]
-INLINE = [command.split() for command in re.findall(r"`(python \w+\.py --[^`]+)`", README)]
+INLINE = [command.split() for command in re.findall(r"`(python [\w/]+\.py --[^`]+)`", README)]
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ class Newcomer:
         self.train("--config", self.another_config(fmax=11025))
 
     def two_trainers(self):
-        with state.locked(self.folder / "cp"):
+        with checkpoint.locked(self.folder / "cp"):
             code = (
                 "import sys, train; sys.argv[0] = 'train.py'\n"
                 "from utils import command_line; command_line(train.main)"

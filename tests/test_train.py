@@ -22,21 +22,22 @@ from torch import nn
 import meldataset
 import monitor
 import train
+from checkpoint import (
+    State,
+    build_state,
+    checkpoint_path,
+    load_checkpoint,
+    paired_steps,
+    resume,
+    save,
+    warm_start,
+)
 from env import UserError, load_config
 from meldataset import LogMelSpectrogram, MelDataset
 from models import Generator
 from monitor import BackgroundMetrics
-from state import State, build_state, resume, save, warm_start
-from tests import hifigan
-from tests.conftest import (
-    ROOT,
-    corpus_arguments,
-    run_main,
-    save_checkpoint,
-    toy_config,
-    write_config,
-)
-from utils import checkpoint_path, load_checkpoint, paired_steps
+from tools import textbook
+from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, toy_config, write_config
 
 CPU = torch.device("cpu")
 
@@ -49,9 +50,9 @@ class Textbook:
 
     def __init__(self, h, power_iterations: int):
         self.h = h
-        self.generator = hifigan.TextbookGenerator(h).double()
-        self.mpd = hifigan.MultiPeriod(h.discriminator_channel_mult).double()
-        self.msd = hifigan.MultiScale(h.discriminator_channel_mult).double()
+        self.generator = textbook.TextbookGenerator(h).double()
+        self.mpd = textbook.MultiPeriod(h.discriminator_channel_mult).double()
+        self.msd = textbook.MultiScale(h.discriminator_channel_mult).double()
         set_power_iterations(self.msd, power_iterations)
         discriminator_parameters = itertools.chain(self.msd.parameters(), self.mpd.parameters())
         self.optim_g, self.optim_d = (
@@ -61,7 +62,7 @@ class Textbook:
         self.log_mel = LogMelSpectrogram(h, h.fmax_for_loss).double()
 
     def step(self, mel, wav):
-        return hifigan.textbook_step(
+        return textbook.textbook_step(
             *(self.generator, self.mpd, self.msd, self.optim_g, self.optim_d),
             *(self.log_mel, mel, wav),
         )

@@ -19,26 +19,19 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from env import UserError
-from tests.conftest import ROOT, save_checkpoint
-from utils import (
-    Job,
-    boolean,
+from audio import write_npy, write_wav
+from checkpoint import (
     checkpoint_path,
     checkpoint_steps,
-    command_line,
     load_checkpoint,
     load_matching,
     load_optimizer,
     load_weights,
     paired_steps,
-    plan_outputs,
-    positive,
-    process_files,
-    replacing,
-    write_npy,
-    write_wav,
 )
+from env import UserError
+from tools.toy import ROOT, save_checkpoint
+from utils import Job, boolean, command_line, plan_outputs, positive, process_files, replacing
 
 
 def write_files(folder: Path, *names: str) -> None:

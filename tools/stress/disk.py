@@ -1,6 +1,6 @@
 """Runs the scripts on disks that are really full: small file systems in memory, of many sizes.
 
-    python -m tests.disk --seed 0 --disks 20
+    python tools/stress/disk.py --seed 0 --disks 20
 
 Needs Linux and `unshare -rm`, which lets a user mount. On each disk train.py, inference.py and
 meldataset.py end with one line and status 1, or are done; no half file has a final name, nothing
@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from tests.conftest import ROOT, corpus_arguments, make_corpus, write_config
-from utils import checkpoint_path, checkpoint_steps, load_checkpoint, paired_steps
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts
+from checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, paired_steps
+from tools.toy import ROOT, corpus_arguments, make_corpus, write_config
 
 STEPS = 4
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     if "IN_NAMESPACE" not in os.environ:
-        command = ["unshare", "-rm", sys.executable, "-m", "tests.disk", *sys.argv[1:]]
+        command = ["unshare", "-rm", sys.executable, *sys.argv]
         os.execvpe("unshare", command, os.environ | {"IN_NAMESPACE": "1"})
     choose = random.Random(a.seed)
     with tempfile.TemporaryDirectory() as name:

@@ -1,6 +1,6 @@
 """Trains a toy model on random data for long: does memory grow, and does a loss go astray?
 
-    OMP_NUM_THREADS=1 python -m tests.soak --steps 10000
+    OMP_NUM_THREADS=1 python tools/stress/soak.py --steps 10000
 
 By hand, not by pytest. Prints the resident memory at intervals and the slope of a line through its
 second half, where caches are full. Exits with 1 where a loss was not finite or the slope is above
@@ -9,16 +9,19 @@ LARGEST_SLOPE. For Linux, whose files in /proc it reads.
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from env import Config, load_config, select_device
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts
+from checkpoint import NEVER, State, build_state
+from distributed import select_device
+from env import Config, load_config
 from meldataset import LogMelSpectrogram
-from state import NEVER, State, build_state
-from tests.conftest import write_config
+from tools.toy import write_config
 from train import count_update, set_learning_rate, training_step
 from utils import command_line, positive
 
@@ -57,7 +60,7 @@ def main() -> int:
     """Soaks, and judges."""
     parser = argparse.ArgumentParser(
         description="Trains a toy model on random data for long: does memory grow?",
-        epilog="Example: python -m tests.soak --steps 10000",
+        epilog="Example: python tools/stress/soak.py --steps 10000",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=positive, default=10_000, help="updates")

@@ -1,6 +1,6 @@
 """Trains variants of a generator for some hundred updates, and prints how well each learns.
 
-    python -m tests.learn --variants misr mrf --updates 2000      # of the README's tables
+    python tools/learn.py --variants misr mrf --updates 2000      # of the README's tables
 
 The generator alone, on HiFi-GAN's mel loss, or with --adversarial against discriminators of an
 eighth of the width; in bfloat16, on one core, with train.py's own update. The learning rate rises
@@ -11,6 +11,7 @@ and the CPU seconds of an update.
 
 import json
 import math
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,11 +21,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 import models
-from env import Config, UserError, load_config, select_device
+from checkpoint import State, build_state
+from distributed import select_device
+from env import Config, UserError, load_config
 from meldataset import EndlessBatches, MelDataset
-from state import State, build_state
-from tests.conftest import ROOT
+from tools.toy import ROOT
 from train import training_step, vocode_whole
 from utils import command_line, command_parser, positive
 
@@ -119,7 +122,7 @@ def main() -> None:
     """Prints a row for each variant."""
     parser = command_parser(
         "Trains variants of a generator for some hundred updates; prints how well each learns.",
-        example="python -m tests.learn --input_wavs_dir LJSpeech-1.1/wavs --variants misr mrf",
+        example="python tools/learn.py --input_wavs_dir LJSpeech-1.1/wavs --variants misr mrf",
     )
     for flag, metavar, default in (
         ("input_wavs_dir", "DIR", "LJSpeech-1.1/wavs"),

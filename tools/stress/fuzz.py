@@ -1,6 +1,6 @@
 """Tries many more cases of each kind than the tests do, and prints what happened as a table.
 
-    OMP_NUM_THREADS=1 python -m tests.fuzz 10000 --only sound
+    OMP_NUM_THREADS=1 python tools/stress/fuzz.py 10000 --only sound
 
 By hand, not by pytest. What fails is shown as by pytest, with the smallest case that was found.
 """
@@ -9,10 +9,12 @@ import argparse
 import resource
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts
 from utils import command_line, positive
 
 ADDRESS_SPACE = 12 * 2**30  # bytes; what would take more fails here, and harms nothing else

@@ -1,6 +1,6 @@
 """Kills a trainer over and over, and compares what comes of it with an uninterrupted run.
 
-    python -m tests.kill --kills 30 --seed 0
+    python tools/stress/kill.py --kills 30 --seed 0
 
 Each trainer is ended by a signal at a random moment, or at a chosen call of a save: before, in or
 after it. After each kill, every checkpoint under its final name is whole; after all, every pair of
@@ -26,9 +26,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tb_logging import get_logger
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts
 import train
-from tests.conftest import corpus_arguments, make_corpus, run_main, write_config
-from utils import checkpoint_path, checkpoint_steps, command_line, load_checkpoint, paired_steps
+from checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, paired_steps
+from tools.toy import corpus_arguments, make_corpus, run_main, write_config
+from utils import command_line
 
 MOST_STEPS = 100_000
 CALLS = ((torch, "save"), (os, "fsync"), (os, "replace"))  # of one save: do_ and g_, in turns

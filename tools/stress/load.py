@@ -1,6 +1,6 @@
 """Vocodes thousands of short files and one of an hour, and watches the memory that it takes.
 
-    python -m tests.load --files 5000 --minutes 60
+    python tools/stress/load.py --files 5000 --minutes 60
 
 Made-up sound and weights, in a temporary folder, through the real command on the CPU. Prints the
 resident memory at intervals, and fails where the short files leave more and more of it behind.
@@ -18,9 +18,10 @@ import numpy as np
 import soundfile
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts
 from env import load_config
 from models import Generator
-from tests.conftest import ROOT, save_checkpoint, speech_like, write_config
+from tools.toy import ROOT, save_checkpoint, speech_like, write_config
 
 RATE = 22050
 INTERVAL = 5.0  # seconds from one look to the next

@@ -1,11 +1,11 @@
 """Measures models: size, arithmetic, speed and memory of inference, cost of a training step.
 
-    python benchmark.py --config config_v1.json config_v2.json
-    python benchmark.py --infer --memory --train --config config_v2.json --output results.json
+    python tools/benchmark.py --config config_v1.json config_v2.json
+    python tools/benchmark.py --infer --memory --train --config config_v2.json --output results.json
 
 What is compared runs in turns within one process, on random data: our generators beside HiFi-GAN's
 of the same width as plain eager convolutions, our training step beside the textbook's (both from
-tests/hifigan.py). Figures are medians; quote the ratios. For Linux, whose files in /proc it reads.
+tests/textbook.py). Figures are medians; quote the ratios. For Linux, whose files in /proc it reads.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import re
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,12 +34,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from env import Config, load_config, select_device
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
+from checkpoint import build_state
+from distributed import select_device
+from env import Config, load_config
 from inference import prepare, stream, synthesize
 from meldataset import LogMelSpectrogram
 from models import Discriminators, Generator
-from state import build_state
-from tests import hifigan
+from tools import textbook
 from train import training_step
 from utils import (
     command_line,
@@ -49,6 +52,7 @@ from utils import (
     replacing,
 )
 
+ROOT = Path(__file__).parents[1]
 MEASURED_FRAMES = 128  # a whole number of hops, from which a second is computed
 
 
@@ -98,8 +102,8 @@ def size_row(config: str) -> Row:
     wav = torch.zeros(1, 1, MEASURED_FRAMES * h.hop_size)
     # Counted on the textbook's, which are not folded; they take a real and a generated waveform.
     mult = h.discriminator_channel_mult
-    textbook = (hifigan.MultiPeriod(mult), hifigan.MultiScale(mult))
-    discriminator_macs = sum(macs_per_second(each, h, wav, wav) / 2 for each in textbook)
+    by_the_book = (textbook.MultiPeriod(mult), textbook.MultiScale(mult))
+    discriminator_macs = sum(macs_per_second(each, h, wav, wav) / 2 for each in by_the_book)
     return {
         "config": config,
         "G parameters": parameters(generator),
@@ -137,15 +141,15 @@ def inference_contestants(h: Config, device: torch.device, seconds: float) -> di
     if h.uses_misr:
         generators["loop"] = ready_generator(h, device, "fp32")
         for misr in generators["loop"].fusions:
-            misr.forward = partial(hifigan.misr_loop, misr)
+            misr.forward = partial(textbook.misr_loop, misr)
     contestants = {
         name: Timing(partial(synthesize, generator, torch.randn(h.num_mels, frames) - 5))
         for name, generator in generators.items()
     }
     if h.upsample_initial_channel in BASELINES:
-        plain_h = load_config(Path(__file__).parent / BASELINES[h.upsample_initial_channel])
-        plain = hifigan.TextbookGenerator(plain_h).to(device).eval()
-        hifigan.remove_weight_norms(plain)
+        plain_h = load_config(ROOT / BASELINES[h.upsample_initial_channel])
+        plain = textbook.TextbookGenerator(plain_h).to(device).eval()
+        textbook.remove_weight_norms(plain)
         frames = math.ceil(seconds * plain_h.sampling_rate / plain_h.hop_size)
         mel = torch.randn(1, plain_h.num_mels, frames, device=device) - 5
         contestants["plain"] = Timing(torch.inference_mode()(lambda: plain(mel)))
@@ -234,21 +238,23 @@ def training_contestants(h: Config, device: torch.device) -> dict[str, Timing]:
     wav = 0.1 * torch.randn(h.batch_size, 1, h.segment_size, device=device)
     states = {precision: build_state(h, device, precision) for precision in ("fp32", "bf16")}
     ours = {f"ours, {p}": Timing(lambda s=s: training_step(s, mel, wav)) for p, s in states.items()}
-    return {"textbook, fp32": Timing(textbook(h, device, mel, wav)), **ours}
+    return {"textbook, fp32": Timing(textbook_update(h, device, mel, wav)), **ours}
 
 
-def textbook(h: Config, device: torch.device, mel: torch.Tensor, wav: torch.Tensor) -> Callable:
+def textbook_update(
+    h: Config, device: torch.device, mel: torch.Tensor, wav: torch.Tensor
+) -> Callable:
     """HiFi-GAN's step with the generator of `h`."""
     generator = Generator(h).to(device)
     mult = h.discriminator_channel_mult
-    mpd, msd = hifigan.MultiPeriod(mult).to(device), hifigan.MultiScale(mult).to(device)
+    mpd, msd = textbook.MultiPeriod(mult).to(device), textbook.MultiScale(mult).to(device)
     log_mel = LogMelSpectrogram(h, h.fmax_for_loss).to(device)
     discriminators = itertools.chain(msd.parameters(), mpd.parameters())
     optim_g, optim_d = (
         torch.optim.AdamW(p, h.learning_rate, betas=(h.adam_b1, h.adam_b2))
         for p in (generator.parameters(), discriminators)
     )
-    return lambda: hifigan.textbook_step(
+    return lambda: textbook.textbook_step(
         generator, mpd, msd, optim_g, optim_d, log_mel, mel=mel, wav=wav
     )
 
@@ -277,7 +283,7 @@ def machine(device: torch.device) -> dict[str, str]:
     else:
         cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         name = f"{cpus[0] if cpus else platform.machine()}, {torch.get_num_threads()} threads"
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -326,7 +332,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = command_parser(
         "Measures models: parameters and multiply-accumulates for a second of audio, and more.",
-        example="python benchmark.py --infer --config config_v2.json --seconds 1 20",
+        example="python tools/benchmark.py --infer --config config_v2.json --seconds 1 20",
     )
     what = parser.add_argument_group("what to measure")
     what.add_argument(

@@ -4,8 +4,12 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import socket
+import warnings
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,25 +18,19 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from env import Config, UserError, load_config, max_over_processes, rank, world_size
+from distributed import max_over_processes, rank, world_size
+from env import Config, UserError, load_config
 from meldataset import LogMelSpectrogram, MelLoss
 from models import Discriminators, Generator, modern_keys
 from utils import (
-    checkpoint_path,
-    checkpoint_steps,
-    load_checkpoint,
-    load_matching,
-    load_optimizer,
-    load_weights,
-    paired_steps,
+    WriteError,
+    replacing,
     say,
-    writing_checkpoint,
 )
 
 NEVER = 2**62
 GENERATOR_KEYS = ("generator",)  # of g_* files
 TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_* files
-
 # What of its config a run may go on without. The rest is the model's and the mel's: g_* files are
 # read with it, and much of it could change without a tensor's shape telling.
 CHANGEABLE_KEYS = {
@@ -40,6 +38,8 @@ CHANGEABLE_KEYS = {
     *("num_workers", "lambda_mel", "lambda_feature"),
     *("fmax_for_loss", "n_ffts_for_loss", "num_mels_for_loss"),
 }
+MODULE_NAMES = ("generator", "mpd", "msd")  # whose weights a checkpoint holds
+COUNT_NAMES = ("steps", "epoch", "epoch_step")
 
 
 @dataclass
@@ -290,3 +290,164 @@ def warm_start(state: State, paths: list[Path]) -> None:
             taken, left = load_matching(modules[name], modern_keys(contents[name]))
             left_out = f"; not taken: {', '.join(left)}" if left else ""
             say(f"{path}: {name}: {len(taken)} of {len(taken) + len(left)} layers taken{left_out}")
+
+
+@contextmanager
+def writing_checkpoint(path: str | Path, contents: dict) -> Iterator[None]:
+    """Writes tensors and plain types to a file that gets its name when the block ends well."""
+    with replacing(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:  # its errors say more than torch's own
+                torch.save(contents, file)
+        except RuntimeError:
+            raise WriteError(f"{path}: cannot be written (is the disk full?)") from None
+        yield
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads a checkpoint into CPU memory; pickled code in it is never run.
+
+    Raises:
+        UserError: missing, damaged or unsafe file.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path}: a folder; name a file in it, such as g_00005000")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint file")
+    try:
+        if zipfile.is_zipfile(path):
+            _check_uncompressed(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles of other versions, which load or do not
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive fails in a dozen ways
+        reason = str(error).split(". ")[0] or type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: not a checkpoint of this family, which hold a dictionary")
+    for name in MODULE_NAMES:
+        _check_weights(contents.get(name, {}), f"{path}: its {name}")
+    for name in COUNT_NAMES:
+        count = contents.get(name, 0)
+        if type(count) is not int or not 0 <= count < 2**62:
+            raise UserError(f"{path}: {name} = {count}: expected an integer of 0 or more")
+    return contents
+
+
+def _check_uncompressed(path: str | Path) -> None:
+    """Raises ValueError for an archive that would grow: torch writes none, and a trap might."""
+    with zipfile.ZipFile(path) as archive:
+        if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+            raise ValueError("a compressed archive")
+
+
+def _is_plain(value: object) -> bool:
+    """True for a tensor of floating-point numbers that are really there."""
+    is_dense = torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+    return is_dense and value.is_floating_point()
+
+
+def _check_weights(weights: dict, owner: str) -> None:
+    """Raises UserError where `weights` are no real numbers under names."""
+    if not isinstance(weights, dict):
+        raise UserError(f"{owner} holds no weights but one {type(weights).__name__}")
+    for key, value in weights.items():
+        if not isinstance(key, str) or not _is_plain(value):
+            kind = value.type() if torch.is_tensor(value) else type(value).__name__
+            raise UserError(f"{owner} holds {kind} as {key}; expected floating-point tensors")
+
+
+def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
+    """Gives `module` all of `weights`, which came from `path`.
+
+    Raises:
+        UserError: they are not this module's; the message names the first difference.
+    """
+    try:
+        if any(p.is_meta for p in module.parameters()):  # a dry run: it has no memory to copy to
+            module.load_state_dict(dict(weights), assign=True)  # torch notes this in its argument
+        else:
+            module.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        detail = (str(error).splitlines()[1:] or [str(error)])[0].strip()
+        raise UserError(f"{path}: does not fit the config: {detail}") from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Path) -> None:
+    """Gives `optimizer` the moments of `saved`, which came from `path`.
+
+    Learning rate, betas and the like stay as they are: they are the config's.
+
+    Raises:
+        UserError: the moments are not of these parameters.
+    """
+    try:
+        (ours,) = optimizer.state_dict()["param_groups"]
+        (theirs,) = _expect(list, _expect(dict, saved)["param_groups"])
+        keys = _expect(list, _expect(dict, theirs)["params"])
+        moments = _expect(dict, saved["state"])
+        for param, key in zip(optimizer.param_groups[0]["params"], keys, strict=True):
+            if key in moments:
+                _check_moments(_expect(dict, moments[key]), param)
+        groups = [ours | {"params": keys}]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its optimizer does not fit the config ({error})") from None
+
+
+def _expect(kind: type, value: object):
+    """`value`, which must be of `kind`; a tensor would pass for either in its own way."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{type(value).__name__} in place of {kind.__name__}")
+    return value
+
+
+def _check_moments(moments: dict, param: torch.Tensor) -> None:
+    """Raises ValueError, KeyError, TypeError or AttributeError where they are not `param`'s."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        if moments[name].shape != param.shape:
+            raise ValueError("other shapes")
+        if not _is_plain(moments[name]):
+            raise ValueError(f"{name} holds no floating-point numbers")
+    step = moments["step"]  # an integer in HiFi-GAN's files
+    if torch.is_tensor(step):
+        step = step.detach() if _is_plain(step) and step.numel() == 1 else "no number"
+    if not float(step) >= 0:
+        raise ValueError(f"step = {step}")
+
+
+def load_matching(module: torch.nn.Module, weights: dict) -> tuple[list[str], list[str]]:
+    """Gives `module` the layers of `weights` all of whose tensors match in name and shape.
+
+    Returns:
+        The names of the layers taken, and of all others of either side.
+    """
+    own = module.state_dict()
+    layers = {
+        key: re.sub(r"\.(bias|weight|parametrizations\..*)$", "", key) for key in own | weights
+    }
+    left = {
+        layer
+        for key, layer in layers.items()
+        if key not in own or key not in weights or own[key].shape != weights[key].shape
+    }
+    module.load_state_dict(own | {k: v for k, v in weights.items() if layers[k] not in left})
+    return sorted(set(layers.values()) - left), sorted(left)
+
+
+def checkpoint_path(folder: str | Path, prefix: str, steps: int) -> Path:
+    """`<folder>/<prefix>_<steps>`: g_00005000 is the generator after 5000 updates."""
+    return Path(folder) / f"{prefix}_{steps:08d}"
+
+
+def checkpoint_steps(folder: str | Path, prefix: str) -> list[int]:
+    """The steps of the checkpoints `<prefix>_*` in `folder`, ascending."""
+    folder = Path(folder)
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    matches = (re.fullmatch(rf"{prefix}_(\d{{8,}})", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def paired_steps(folder: str | Path) -> list[int]:
+    """The steps at which `folder` holds both `g_` and `do_`, ascending."""
+    return sorted(set(checkpoint_steps(folder, "g")) & set(checkpoint_steps(folder, "do")))

@@ -1,0 +1,115 @@
+"""Audio and mel files, in and out."""
+
+import io
+import os
+import wave
+from collections.abc import Iterable
+from pathlib import Path
+
+import librosa
+import numpy as np
+import soundfile
+import torch
+
+from env import UserError
+from utils import (
+    replacing,
+)
+
+# What libsndfile reads, by extension; the first that exists is taken for an id.
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
+LOWEST_RATE = 1000  # Hz; below, a file is damaged, and to resample it could fill the memory
+PCM16_MAX = 32767
+
+
+def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torch.Tensor:
+    """Any file that soundfile reads, as one float32 channel [N] in [-1, 1] at `sampling_rate` Hz.
+
+    Raises:
+        UserError: unreadable or empty file, NaN or infinity, or fewer than `min_samples` samples;
+            the message names the file.
+    """
+    try:
+        # As bytes, for soundfile takes no text with what is no UTF-8.
+        wav, file_rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
+    except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({error})") from None
+    if file_rate < LOWEST_RATE:
+        raise UserError(f"{path}: sampled at {file_rate} Hz; expected at least {LOWEST_RATE}")
+    if not np.isfinite(wav).all():
+        raise UserError(f"{path}: holds samples that are NaN or infinite")
+    wav = np.clip(wav, -1, 1, out=wav).mean(axis=1)
+    if len(wav) > 0 and file_rate != sampling_rate:
+        wav = librosa.resample(wav, orig_sr=file_rate, target_sr=sampling_rate, res_type="soxr_hq")
+    if len(wav) < min_samples:
+        raise UserError(
+            f"{path}: {len(wav)} samples at {sampling_rate} Hz; expected at least {min_samples}"
+        )
+    return torch.from_numpy(wav).clamp_(-1, 1)
+
+
+def audio_seconds(path: str | Path) -> float:
+    """How long an audio file says it is; raises UserError, which names it, where it is none."""
+    try:
+        return soundfile.info(os.fsencode(path)).duration
+    except (OSError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({error})") from None
+
+
+def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
+    """A log-mel .npy file, [num_mels, T] or [1, num_mels, T], as float32 [num_mels, T].
+
+    Raises:
+        UserError: unreadable, pickled, empty or non-finite file, or another shape; the message
+            names the file.
+    """
+    try:
+        # Mapped, so that a header that claims too much fails before any memory is taken.
+        with np.errstate(over="ignore"):  # as its claims may
+            mel = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header fails in a dozen ways
+        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+    if not isinstance(mel, np.ndarray) or mel.dtype.kind not in "fiu":
+        raise UserError(f"{path}: expected one .npy array of real numbers")
+    shape = mel.shape
+    if len(shape) == 3 and shape[0] == 1:
+        mel = mel[0]
+    if mel.ndim != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
+        turned = mel.ndim == 2 and mel.shape[1] == num_mels
+        hint = "; it looks transposed: swap its last two axes" if turned else ""
+        expected = f"[{num_mels}, T] or [1, {num_mels}, T]"
+        raise UserError(f"{path}: shape {list(shape)}; expected {expected}{hint}")
+    with np.errstate(over="ignore"):  # becomes infinite
+        mel = torch.from_numpy(mel.astype(np.float32, order="C"))
+    if not mel.isfinite().all():
+        raise UserError(f"{path}: holds values that are NaN or infinite")
+    return mel
+
+
+def write_wav(path: str | Path, pieces: Iterable[torch.Tensor], sampling_rate: int) -> None:
+    """Writes a waveform, as its pieces [N] come, as PCM 16, clamped: +1.0 is 32767, never wraps.
+
+    Raises:
+        UserError: NaN or infinity in it.
+        WriteError: the file cannot be written.
+    """
+    # Not with soundfile, to which a full disk is a "System error".
+    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
+        file.setparams((1, 2, sampling_rate, 0, "NONE", ""))
+        for piece in pieces:
+            file.writeframesraw(_pcm16(piece, path).tobytes())
+
+
+def _pcm16(wav: torch.Tensor, path: str | Path) -> np.ndarray:
+    if not wav.isfinite().all():
+        raise UserError(f"{path}: not written, the waveform is not finite; is the checkpoint good?")
+    pcm = (wav.detach().cpu().float().clamp(-1, 1) * PCM16_MAX).round()
+    return pcm.to(torch.int16).numpy()
+
+
+def write_npy(path: str | Path, array: np.ndarray) -> None:
+    """Writes one array as a .npy file."""
+    buffer = io.BytesIO()  # into a file, numpy overlooks a disk that fills at the very end
+    np.save(buffer, array)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
