@@ -3,7 +3,8 @@
 import io
 import os
 import wave
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import librosa
@@ -12,14 +13,14 @@ import soundfile
 import torch
 
 from env import UserError
-from utils import (
-    replacing,
-)
+from utils import replacing, say
 
 # What libsndfile reads, by extension; the first that exists is taken for an id.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
 LOWEST_RATE = 1000  # Hz; below, a file is damaged, and to resample it could fill the memory
 PCM16_MAX = 32767
+MUCH_CLAMPED = 0.01  # of a file's samples
+MAX_PEAK = 4.0  # of full scale; a float file above holds 16-bit integers, say
 
 
 def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torch.Tensor:
@@ -38,6 +39,9 @@ def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torc
         raise UserError(f"{path}: sampled at {file_rate} Hz; expected at least {LOWEST_RATE}")
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds samples that are NaN or infinite")
+    peak = np.abs(wav).max(initial=0)
+    if peak > MAX_PEAK:
+        raise UserError(f"{path}: a peak of {peak:.4g}; expected about 1: divide it by its scale")
     wav = np.clip(wav, -1, 1, out=wav).mean(axis=1)
     if len(wav) > 0 and file_rate != sampling_rate:
         wav = librosa.resample(wav, orig_sr=file_rate, target_sr=sampling_rate, res_type="soxr_hq")
@@ -86,25 +90,45 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
     return mel
 
 
-def write_wav(path: str | Path, pieces: Iterable[torch.Tensor], sampling_rate: int) -> None:
-    """Writes a waveform, as its pieces [N] come, as PCM 16, clamped: +1.0 is 32767, never wraps.
+@contextmanager
+def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Yields a function that appends a piece [N] of a waveform to a PCM 16 file at `path`.
+
+    Clamped: +1.0 is 32767, and nothing wraps. The file is there when the block ends well; says so
+    where much of it was clamped.
 
     Raises:
-        UserError: NaN or infinity in it.
+        UserError: NaN or infinity in a piece.
         WriteError: the file cannot be written.
     """
+    samples = clamped = 0
+
+    def write(piece: torch.Tensor) -> None:
+        nonlocal samples, clamped
+        if not piece.isfinite().all():
+            raise UserError(
+                f"{path}: not written, the waveform is not finite; is the checkpoint good?"
+            )
+        piece = piece.detach().cpu().float()
+        samples, clamped = samples + len(piece), clamped + int((piece.abs() > 1).sum())
+        pcm = (piece.clamp(-1, 1) * PCM16_MAX).round().to(torch.int16)
+        file.writeframesraw(pcm.numpy().tobytes())
+
     # Not with soundfile, to which a full disk is a "System error".
     with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setparams((1, 2, sampling_rate, 0, "NONE", ""))
-        for piece in pieces:
-            file.writeframesraw(_pcm16(piece, path).tobytes())
+        yield write
+    if clamped > MUCH_CLAMPED * samples:
+        say(
+            f"{path}: {clamped / samples:.0%} of its samples were beyond full scale and are "
+            "clamped; is the mel by the recipe of the checkpoint's config?"
+        )
 
 
-def _pcm16(wav: torch.Tensor, path: str | Path) -> np.ndarray:
-    if not wav.isfinite().all():
-        raise UserError(f"{path}: not written, the waveform is not finite; is the checkpoint good?")
-    pcm = (wav.detach().cpu().float().clamp(-1, 1) * PCM16_MAX).round()
-    return pcm.to(torch.int16).numpy()
+def write_wav(path: str | Path, wav: torch.Tensor, sampling_rate: int) -> None:
+    """Writes a waveform [N], as `writing_wav` does."""
+    with writing_wav(path, sampling_rate) as write:
+        write(wav)
 
 
 def write_npy(path: str | Path, array: np.ndarray) -> None:

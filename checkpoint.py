@@ -1,16 +1,21 @@
-"""What training owns, and how it lies on disk: `g_*`, the generator, and `do_*`, all the rest."""
+"""What training owns, and what lies on disk of it: `g_*`, the generator, and `do_*`, all the rest.
+
+g_00005000     {"generator"}
+do_00005000    {"mpd", "msd", "optim_g", "optim_d", "steps", "epoch"} as in HiFi-GAN, and
+               "epoch_step", "meta", and what a distillation adds
+"""
 
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import re
 import socket
-import warnings
-import zipfile
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,28 +23,36 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed import max_over_processes, rank, world_size
+from distributed import agree_on_error, max_over_processes, rank, world_size
 from env import Config, UserError, load_config
 from meldataset import LogMelSpectrogram, MelLoss
-from models import Discriminators, Generator, modern_keys
-from utils import (
-    WriteError,
-    replacing,
-    say,
+from models import Discriminators, Generator
+from utils import WriteError, put, say, temporary_beside
+from weights import (
+    family_weights,
+    generator_weights,
+    is_y_chans,
+    load_checkpoint,
+    load_matching,
+    load_weights,
+    mrf_as_misr,
+    own_weights,
 )
 
+ROOT = Path(__file__).parent
 NEVER = 2**62
 GENERATOR_KEYS = ("generator",)  # of g_* files
 TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_* files
+
 # What of its config a run may go on without. The rest is the model's and the mel's: g_* files are
 # read with it, and much of it could change without a tensor's shape telling.
 CHANGEABLE_KEYS = {
     *("segment_size", "batch_size", "learning_rate", "adam_b1", "adam_b2", "lr_decay", "seed"),
-    *("num_workers", "lambda_mel", "lambda_feature"),
+    *("num_workers", "lambda_mel", "lambda_feature", "adversarial_from"),
     *("fmax_for_loss", "n_ffts_for_loss", "num_mels_for_loss"),
 }
-MODULE_NAMES = ("generator", "mpd", "msd")  # whose weights a checkpoint holds
-COUNT_NAMES = ("steps", "epoch", "epoch_step")
+
+# --------------------------------------------------------------------------------------- the state
 
 
 @dataclass
@@ -48,20 +61,24 @@ class State:
 
     h: Config
     device: torch.device
-    precision: str  # "fp32" or "bf16"
-    generator: Generator
-    discriminators: Discriminators
+    precision: str  # "fp32" or "bf16", of the convolutions
+    generator: Generator  # mel [B, num_mels, T] -> wav [B, 1, T * hop_size]
+    discriminators: Discriminators  # wav [B, 1, N] -> (scores, features)
     optim_g: torch.optim.Optimizer
     optim_d: torch.optim.Optimizer
-    mel_loss: MelLoss
-    mel_for_loss: LogMelSpectrogram  # HiFi-GAN's, for validation whatever the loss
-    # The same modules as one process of several runs them: averaging gradients over all.
-    shared_generator: nn.Module
-    shared_discriminators: nn.Module
-    first_bad_step: torch.Tensor  # the first whose losses were not finite, or NEVER
+    mel_loss: MelLoss  # (wav_hat [B, N], wav [B, N]) -> []
+    mel_for_loss: LogMelSpectrogram  # [B, N] -> [B, num_mels, T], for validation whatever the loss
+    # The same modules, which in one process of several average their gradients over all.
+    ddp_generator: nn.Module
+    ddp_discriminators: nn.Module
+    first_bad_step: torch.Tensor  # [], the first whose losses were not finite, or NEVER
     steps: int = 0  # completed updates
     epoch: int = 0
     epoch_step: int = 0  # completed updates of this epoch
+    saved_steps: int = 0  # `steps` of the newest checkpoint
+    meta: dict[str, str] = field(default_factory=dict)  # how this run came about: see run_meta
+    # What else an update owns and do_* shall hold, by name: each has a state_dict.
+    more: dict[str, nn.Module | torch.optim.Optimizer] = field(default_factory=dict)
 
     def autocast(self) -> torch.autocast:
         """The context in which convolutions run in the precision asked for."""
@@ -93,13 +110,13 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
         optim_d=adamw(discriminators),
         mel_loss=MelLoss(h).to(device),
         mel_for_loss=LogMelSpectrogram(h, h.fmax_for_loss).to(device),
-        shared_generator=generator,
-        shared_discriminators=discriminators,
+        ddp_generator=generator,
+        ddp_discriminators=discriminators,
         first_bad_step=torch.tensor(NEVER, device=device),
     )
 
 
-def share_over_processes(state: State) -> None:
+def average_gradients(state: State) -> None:
     """Lets the processes of a run average their gradients; nothing to do in a run of one.
 
     Raises:
@@ -109,11 +126,48 @@ def share_over_processes(state: State) -> None:
         return
     if max_over_processes(state.steps) != -max_over_processes(-state.steps):
         raise UserError("the machines resumed from different steps; give all one --checkpoint_path")
-    ids = [state.device] if state.device.type == "cuda" else None
-    state.shared_generator, state.shared_discriminators = (
-        DistributedDataParallel(module, device_ids=ids)
-        for module in (state.generator, state.discriminators)
+    state.ddp_generator, state.ddp_discriminators = (
+        as_ddp(module, state.device) for module in (state.generator, state.discriminators)
     )
+
+
+def as_ddp(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module`, averaging its gradients where there are several processes."""
+    if world_size() == 1:
+        return module
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids)
+
+
+def run_meta(config: bytes) -> dict[str, str]:
+    """What a `do_*` file tells of its run: the code, torch's version, the command, the config."""
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history
+        commit = "unknown"
+    return {
+        "version": version[1],
+        "commit": commit,
+        "torch": torch.__version__,
+        "command": " ".join(sys.argv),
+        "config": config.decode("utf-8-sig"),
+    }
+
+
+def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What differs between two runs' meta: "lr_decay 0.999 -> 0.9997", the commands apart."""
+    told = []
+    for meta in (before, now):
+        config = json.loads(meta.get("config", "{}"))
+        told.append({k: meta.get(k) for k in ("version", "commit", "torch")} | config)
+    keys = dict.fromkeys([*told[0], *told[1]])
+    pairs = ((key, *(each.get(key, "absent") for each in told)) for key in keys)
+    return [f"{key} {old} -> {new}" for key, old, new in pairs if old != new]
+
+
+# ---------------------------------------------------------------------------------------- the lock
 
 
 @contextlib.contextmanager
@@ -156,11 +210,11 @@ def _lock(file: BinaryIO, folder: Path) -> None:
         file.write(f"{socket.gethostname()} {os.getpid()}".encode())
 
 
+# ------------------------------------------------------------------------------------------ saving
+
+
 def save(state: State, folder: Path, keep: int) -> None:
     """Writes `do_` and `g_`, and removes `do_` files that are older than the newest `keep` pairs.
-
-    Both are written before either gets its name, `do_` first: so a `g_` never stands without the
-    `do_` of the same save.
 
     Raises:
         UserError: a loss or a weight is not finite, and nothing was written; or a full disk.
@@ -171,26 +225,57 @@ def save(state: State, folder: Path, keep: int) -> None:
         raise UserError(
             f"a weight is not finite at step {state.steps}; {_last_good(folder, state.steps)}"
         )
-    if rank() > 0:
-        return
+    state.saved_steps = state.steps
+    error = None
+    if rank() == 0:
+        try:
+            _write_pair(state, folder)
+            _prune(folder, state.steps, keep)
+        except UserError as unwritable:
+            error = unwritable
+    agree_on_error(error)
+
+
+def _write_pair(state: State, folder: Path) -> None:
     contents = {
-        "mpd": state.discriminators.mpd.state_dict(),
-        "msd": state.discriminators.msd.state_dict(),
+        "mpd": family_weights(state.discriminators.mpd),
+        "msd": family_weights(state.discriminators.msd),
         "optim_g": state.optim_g.state_dict(),
         "optim_d": state.optim_d.state_dict(),
         "steps": state.steps,
         "epoch": state.epoch,
         "epoch_step": state.epoch_step,
+        "meta": state.meta,
+        **{name: each.state_dict() for name, each in state.more.items()},
     }
-    generator = {"generator": state.generator.state_dict()}
-    g_path, do_path = (checkpoint_path(folder, prefix, state.steps) for prefix in ("g", "do"))
-    with writing_checkpoint(g_path, generator), writing_checkpoint(do_path, contents):
-        # Of a run that has gone back since; after a kill it would pair with this `do_`.
-        g_path.unlink(missing_ok=True)
-    kept = [steps for steps in paired_steps(folder) if steps <= state.steps][-keep:]
+    do_path, g_path = (checkpoint_path(folder, prefix, state.steps) for prefix in ("do", "g"))
+    with temporary_beside(do_path) as do_file, temporary_beside(g_path) as g_file:
+        write_checkpoint(do_file, contents, do_path)
+        write_checkpoint(g_file, {"generator": family_weights(state.generator)}, g_path)
+        g_path.unlink(missing_ok=True)  # of a run that has gone back since: it is not this do_'s
+        put(do_file, do_path)
+        put(g_file, g_path)
+
+
+def _prune(folder: Path, newest: int, keep: int) -> None:
+    """Removes `do_` files that are older than the `keep` pairs up to `newest`."""
+    kept = [steps for steps in paired_steps(folder) if steps <= newest][-keep:]
     for steps in checkpoint_steps(folder, "do"):
         if steps < kept[0]:
             checkpoint_path(folder, "do", steps).unlink(missing_ok=True)
+
+
+def write_checkpoint(file: Path, contents: dict, path: Path) -> None:
+    """Writes tensors and plain types to `file`, which shall become `path`.
+
+    Raises:
+        WriteError: no room, say.
+    """
+    try:
+        with open(file, "wb") as opened:  # its errors say more than torch's own
+            torch.save(contents, opened)
+    except RuntimeError:
+        raise WriteError(f"{path}: cannot be written (is the disk full?)") from None
 
 
 def check_losses(state: State, folder: Path) -> None:
@@ -208,10 +293,34 @@ def _last_good(folder: Path, bad_step: int) -> str:
     return f"the last good checkpoint is {checkpoint_path(folder, 'g', pairs[-1])}"
 
 
+# ---------------------------------------------------------------------------------------- resuming
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Path) -> None:
+    """Gives `optimizer` the moments of `saved`, which came from `path`.
+
+    Learning rate, betas and the like stay as they are: they are the config's.
+
+    Raises:
+        UserError: the moments are not of these parameters.
+    """
+    try:
+        (ours,), (theirs,) = optimizer.state_dict()["param_groups"], saved["param_groups"]
+        pairs = zip(optimizer.param_groups[0]["params"], theirs["params"], strict=True)
+        for param, key in pairs:  # PyTorch would take moments of another order
+            moments = saved["state"].get(key, {"exp_avg": param})
+            if moments["exp_avg"].shape != param.shape:
+                raise ValueError("other shapes")
+        groups = [ours | {"params": theirs["params"]}]
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its optimizer does not fit the config ({error})") from None
+
+
 def resume(state: State, folder: Path) -> bool:
     """Continues from the newest pair of `g_` and `do_` in `folder` that can be read, if any.
 
-    HiFi-GAN's own files will do. Damaged files are named and left alone.
+    HiFi-GAN's own files will do, and y-chan's. Damaged files are named and left alone.
 
     Raises:
         UserError: a pair that does not fit the config, a config of another model or mel, or files
@@ -228,6 +337,8 @@ def resume(state: State, folder: Path) -> bool:
         _check_config(state.h, folder / "config.json")
         _restore(state, g, do, paths)
         say(f"resumed from {paths[0]} and {paths[1].name}, after {state.steps} steps")
+        if changed := "meta" in do and changes(do["meta"], state.meta):
+            say(f"changed since then: {'; '.join(changed)}")
         return True
     if pairs:
         raise UserError(f"{folder}: no checkpoint in it can be read; move them away to start anew")
@@ -242,17 +353,31 @@ def resume(state: State, folder: Path) -> bool:
 
 
 def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
-    for path, contents, keys in zip(paths, (g, do), (GENERATOR_KEYS, TRAINING_KEYS), strict=True):
+    g_path, do_path = paths
+    wanted = (*TRAINING_KEYS, *state.more)
+    for path, contents, keys in ((g_path, g, GENERATOR_KEYS), (do_path, do, wanted)):
         missing = [key for key in keys if key not in contents]
         if missing:
             raise UserError(f"{path}: holds no {', '.join(missing)}")
-    load_weights(state.generator, g["generator"], paths[0])
-    load_weights(state.discriminators.mpd, do["mpd"], paths[1])
-    load_weights(state.discriminators.msd, do["msd"], paths[1])
-    load_optimizer(state.optim_g, do["optim_g"], paths[1])
-    load_optimizer(state.optim_d, do["optim_d"], paths[1])
+    is_theirs = is_y_chans(g["generator"])
+    if is_theirs and state.h.misr_merge != "conv":
+        raise UserError(f'{g_path}: of y-chan\'s port, which needs "misr_merge": "conv"')
+    load_weights(state.generator, g["generator"], g_path)
+    load_weights(state.discriminators.mpd, do["mpd"], do_path)
+    load_weights(state.discriminators.msd, do["msd"], do_path)
+    if is_theirs:
+        say(f"{do_path}: of y-chan's port; the generator's optimizer starts anew")
+    else:
+        load_optimizer(state.optim_g, do["optim_g"], do_path)
+    load_optimizer(state.optim_d, do["optim_d"], do_path)
+    for name, each in state.more.items():
+        each.load_state_dict(do[name])
     state.steps, state.epoch = do["steps"], do["epoch"]
-    state.epoch_step = do.get("epoch_step", 0)  # not in HiFi-GAN's files
+    if "epoch_step" in do:
+        state.epoch_step = do["epoch_step"]
+    else:  # HiFi-GAN's, which saves before it counts
+        state.steps += 1
+    state.saved_steps = state.steps
 
 
 def _check_config(h: Config, path: Path) -> None:
@@ -269,170 +394,32 @@ def _check_config(h: Config, path: Path) -> None:
 
 
 def warm_start(state: State, paths: list[Path]) -> None:
-    """Takes what fits out of `g_*` and `do_*` files, ours or HiFi-GAN's; says what it did not take.
+    """Takes what fits out of `g_*` and `do_*` files of the family; says what it did not take.
 
-    A layer is taken where all of its tensors match in name and shape. Optimizers start anew.
+    A layer is taken where all of its tensors match in name and shape. The shared blocks of MISR are
+    taken from the blocks of an MRF that have their kernel size. Optimizers start anew.
 
     Raises:
-        UserError: a file that cannot be read or holds no weights.
+        UserError: a file that cannot be read, holds no weights, or none that fits.
     """
-    modules = {
-        "generator": state.generator,
-        "mpd": state.discriminators.mpd,
-        "msd": state.discriminators.msd,
-    }
     for path in paths:
         contents = load_checkpoint(path)
-        found = [name for name in modules if isinstance(contents.get(name), dict)]
+        found = {name: contents[name] for name in ("mpd", "msd") if name in contents}
         if not found:
-            raise UserError(f"{path}: holds no weights of {', '.join(modules)}")
-        for name in found:
-            taken, left = load_matching(modules[name], modern_keys(contents[name]))
+            found = {"generator": generator_weights(contents, path)}
+        for name, weights in found.items():
+            module, note = getattr(state.discriminators, name, state.generator), ""
+            if name == "generator" and state.h.uses_misr:
+                weights, note = mrf_as_misr(weights, state.h)
+            taken, left = load_matching(module, own_weights(weights, module))
+            if not taken:
+                raise UserError(f"{path}: no layer of its {name} fits the config")
             left_out = f"; not taken: {', '.join(left)}" if left else ""
-            say(f"{path}: {name}: {len(taken)} of {len(taken) + len(left)} layers taken{left_out}")
+            counted = f"{len(taken)} of {len(taken) + len(left)} layers taken"
+            say(f"{path}: {name}: {counted}{note}{left_out}")
 
 
-@contextmanager
-def writing_checkpoint(path: str | Path, contents: dict) -> Iterator[None]:
-    """Writes tensors and plain types to a file that gets its name when the block ends well."""
-    with replacing(path) as temporary:
-        try:
-            with open(temporary, "wb") as file:  # its errors say more than torch's own
-                torch.save(contents, file)
-        except RuntimeError:
-            raise WriteError(f"{path}: cannot be written (is the disk full?)") from None
-        yield
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint into CPU memory; pickled code in it is never run.
-
-    Raises:
-        UserError: missing, damaged or unsafe file.
-    """
-    if os.path.isdir(path):
-        raise UserError(f"{path}: a folder; name a file in it, such as g_00005000")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint file")
-    try:
-        if zipfile.is_zipfile(path):
-            _check_uncompressed(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles of other versions, which load or do not
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive fails in a dozen ways
-        reason = str(error).split(". ")[0] or type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{path}: not a checkpoint of this family, which hold a dictionary")
-    for name in MODULE_NAMES:
-        _check_weights(contents.get(name, {}), f"{path}: its {name}")
-    for name in COUNT_NAMES:
-        count = contents.get(name, 0)
-        if type(count) is not int or not 0 <= count < 2**62:
-            raise UserError(f"{path}: {name} = {count}: expected an integer of 0 or more")
-    return contents
-
-
-def _check_uncompressed(path: str | Path) -> None:
-    """Raises ValueError for an archive that would grow: torch writes none, and a trap might."""
-    with zipfile.ZipFile(path) as archive:
-        if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
-            raise ValueError("a compressed archive")
-
-
-def _is_plain(value: object) -> bool:
-    """True for a tensor of floating-point numbers that are really there."""
-    is_dense = torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
-    return is_dense and value.is_floating_point()
-
-
-def _check_weights(weights: dict, owner: str) -> None:
-    """Raises UserError where `weights` are no real numbers under names."""
-    if not isinstance(weights, dict):
-        raise UserError(f"{owner} holds no weights but one {type(weights).__name__}")
-    for key, value in weights.items():
-        if not isinstance(key, str) or not _is_plain(value):
-            kind = value.type() if torch.is_tensor(value) else type(value).__name__
-            raise UserError(f"{owner} holds {kind} as {key}; expected floating-point tensors")
-
-
-def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
-    """Gives `module` all of `weights`, which came from `path`.
-
-    Raises:
-        UserError: they are not this module's; the message names the first difference.
-    """
-    try:
-        if any(p.is_meta for p in module.parameters()):  # a dry run: it has no memory to copy to
-            module.load_state_dict(dict(weights), assign=True)  # torch notes this in its argument
-        else:
-            module.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        detail = (str(error).splitlines()[1:] or [str(error)])[0].strip()
-        raise UserError(f"{path}: does not fit the config: {detail}") from None
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Path) -> None:
-    """Gives `optimizer` the moments of `saved`, which came from `path`.
-
-    Learning rate, betas and the like stay as they are: they are the config's.
-
-    Raises:
-        UserError: the moments are not of these parameters.
-    """
-    try:
-        (ours,) = optimizer.state_dict()["param_groups"]
-        (theirs,) = _expect(list, _expect(dict, saved)["param_groups"])
-        keys = _expect(list, _expect(dict, theirs)["params"])
-        moments = _expect(dict, saved["state"])
-        for param, key in zip(optimizer.param_groups[0]["params"], keys, strict=True):
-            if key in moments:
-                _check_moments(_expect(dict, moments[key]), param)
-        groups = [ours | {"params": keys}]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: its optimizer does not fit the config ({error})") from None
-
-
-def _expect(kind: type, value: object):
-    """`value`, which must be of `kind`; a tensor would pass for either in its own way."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} in place of {kind.__name__}")
-    return value
-
-
-def _check_moments(moments: dict, param: torch.Tensor) -> None:
-    """Raises ValueError, KeyError, TypeError or AttributeError where they are not `param`'s."""
-    for name in ("exp_avg", "exp_avg_sq"):
-        if moments[name].shape != param.shape:
-            raise ValueError("other shapes")
-        if not _is_plain(moments[name]):
-            raise ValueError(f"{name} holds no floating-point numbers")
-    step = moments["step"]  # an integer in HiFi-GAN's files
-    if torch.is_tensor(step):
-        step = step.detach() if _is_plain(step) and step.numel() == 1 else "no number"
-    if not float(step) >= 0:
-        raise ValueError(f"step = {step}")
-
-
-def load_matching(module: torch.nn.Module, weights: dict) -> tuple[list[str], list[str]]:
-    """Gives `module` the layers of `weights` all of whose tensors match in name and shape.
-
-    Returns:
-        The names of the layers taken, and of all others of either side.
-    """
-    own = module.state_dict()
-    layers = {
-        key: re.sub(r"\.(bias|weight|parametrizations\..*)$", "", key) for key in own | weights
-    }
-    left = {
-        layer
-        for key, layer in layers.items()
-        if key not in own or key not in weights or own[key].shape != weights[key].shape
-    }
-    module.load_state_dict(own | {k: v for k, v in weights.items() if layers[k] not in left})
-    return sorted(set(layers.values()) - left), sorted(left)
+# ------------------------------------------------------------------------------------------- names
 
 
 def checkpoint_path(folder: str | Path, prefix: str, steps: int) -> Path:

@@ -36,7 +36,7 @@ from utils import PICTURED_LOG_MELS, command_line, command_parser, positive, say
 HERE = Path(__file__).parent
 PRETRAINED = HERE / "pretrained/istft_v2_ljspeech/g_00057768"
 # To those weights' config: what makes the most of a few minutes.
-CHANGES = {"learning_rate": 0.001, "lr_decay": 0.998}
+CHANGES = {"learning_rate": 0.001, "lr_decay": 0.998, "adversarial_from": 1_000_000}
 CHECKPOINT_INTERVAL = 200  # steps
 VOICE = "en+f3"  # its pitch is near that of the voice in pretrained/
 HELD_OUT = 4  # sentences, the last of SENTENCES
@@ -200,7 +200,10 @@ def train(folder: Path, minutes: float) -> None:
         *("--input_wavs_dir", folder / "wavs"),
         *("--input_training_file", folder / "training.txt"),
         *("--input_validation_file", folder / "validation.txt"),
-        *("--precision", fast_precision(), "--adversarial_from", 1_000_000),
+        *(
+            "--precision",
+            fast_precision(),
+        ),
         *("--checkpoint_interval", CHECKPOINT_INTERVAL, "--keep_checkpoints", 1),
         *("--validation_interval", CHECKPOINT_INTERVAL, "--stdout_interval", 50),
         seconds=60 * minutes,

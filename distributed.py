@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from env import UsageError
+from env import UsageError, UserError
 
 # Parameters of glibc's mallopt, from its malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -20,8 +20,6 @@ def select_device(name: str) -> torch.device:
     """The device called `auto`, `cpu`, `cuda` or `cuda:<index>`.
 
     `auto` is CUDA where there is any, else the CPU; `cuda` is the GPU of this process's local rank.
-    For the CPU, also sets what makes the process fast there: denormals are flushed to zero, and
-    glibc keeps the memory that it is given back.
 
     Raises:
         UsageError: no such device here.
@@ -35,7 +33,6 @@ def select_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:<index>")
     if device.type == "cpu":
-        _speed_up_cpu()
         return device
     if device.index is not None and world_size() > 1:
         raise UsageError(f"--device {name}: expected cuda, for several processes have a GPU each")
@@ -48,8 +45,12 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _speed_up_cpu() -> None:
-    """Settings of this process, of threads that start later; twice as fast on long inputs."""
+def speed_up_cpu() -> None:
+    """Sets this process up for speed on CPUs, for good: twice as fast on long inputs.
+
+    For commands and services that do nothing else: denormals are flushed to zero, in threads that
+    start later too, and glibc keeps all memory that any code of the process frees.
+    """
     torch.set_flush_denormal(True)  # numbers near zero, as silence makes, are slow otherwise
     if platform.libc_ver()[0] == "glibc":
         # By default large blocks go back to the system when freed, and come anew, page by page.
@@ -107,3 +108,9 @@ def max_over_processes(value: int) -> int:
     shared = torch.tensor(value)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return int(shared)
+
+
+def agree_on_error(error: UserError | None) -> None:
+    """Raises UserError in every process where any has an `error`: its own, or one without words."""
+    if max_over_processes(error is not None):
+        raise error or UserError()

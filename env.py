@@ -1,4 +1,4 @@
-"""What a run stands on: its configuration, its device, its seed and its processes.
+"""What a run stands on: its configuration, and the errors that a user can mend.
 
     h = load_config("config_v1.json")        # a frozen, checked Config, called h everywhere
 
@@ -9,9 +9,9 @@ import difflib
 import json
 import math
 import sys
-import types
 import typing
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -22,26 +22,6 @@ POSITIVE_KEYS = (
     *("upsample_initial_channel", "discriminator_channel_mult", "batch_size", "learning_rate"),
     *("segment_size", "num_mels", "n_fft", "hop_size", "win_size", "sampling_rate"),
 )
-LIST_KEYS = (
-    *("upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes"),
-    *("resblock_dilation_sizes", "n_ffts_for_loss", "num_mels_for_loss"),
-)
-
-# Far above what anyone trains, and low enough that a slip of the keyboard does not fill the memory.
-LARGEST = {
-    "upsample_initial_channel": 2**14,
-    "resblock_num": 2**8,
-    "resblock_kernel_size": 2**10,
-    "gen_istft_n_fft": 2**12,
-    "discriminator_channel_mult": 2**6,
-    "segment_size": 2**24,
-    "num_mels": 2**10,
-    "n_fft": 2**16,
-    "sampling_rate": 2**20,
-    "batch_size": 2**16,
-    "num_workers": 2**10,
-}
-LARGEST_ITEM, LONGEST_LIST = 2**16, 16
 SMALLEST_SEGMENT = 6  # samples; of fewer, MPD's period of 11 has too little to reflect
 
 LONGEST_LINE = 1500  # characters of an error
@@ -53,8 +33,7 @@ class UserError(Exception):
     exit_status = 1
 
     def __str__(self) -> str:
-        # An error from a data worker arrives with the worker's traceback before it.
-        return one_line(super().__str__().rsplit("\nenv.UserError: ", 1)[-1])
+        return one_line(super().__str__())
 
 
 class UsageError(UserError):
@@ -102,6 +81,7 @@ class Config:
     discriminator_channel_mult: float = 1.0
     lambda_mel: float = 45.0
     lambda_feature: float = 2.0
+    adversarial_from: int = 0  # the update at which the discriminators come in
     n_ffts_for_loss: tuple[int, ...] | None = None  # a mel loss of several resolutions; None: h's
     num_mels_for_loss: tuple[int, ...] | None = None  # one for each
 
@@ -126,7 +106,7 @@ class Config:
     num_workers: int  # of each process
 
     def __post_init__(self):
-        for key, holds, expected in _invariants(self):
+        for holds, key, expected in _checks(self):
             if not holds:
                 value = json.dumps(getattr(self, key))
                 raise UsageError(f"{key} = {value}: expected {expected}")
@@ -142,8 +122,10 @@ class Config:
         return self.gen_istft_n_fft is not None
 
 
-def load_config(path: str | Path) -> Config:
+def load_config(path: str | Path, say: Callable[[str], object] | None = None) -> Config:
     """Reads a JSON config of this repository, of HiFi-GAN or of y-chan's port.
+
+    `say` is called with a line for the user where a MISR config does not say its `misr_merge`.
 
     Raises:
         UsageError: unreadable file, unknown or missing key, wrong type or broken invariant; the
@@ -163,6 +145,8 @@ def load_config(path: str | Path) -> Config:
         h = Config(**_typed(values))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+    if say and h.uses_misr and "misr_merge" not in values:
+        say(f'{path}: no misr_merge, so "mean"; y-chan\'s port merges by "conv"')
     return h
 
 
@@ -186,172 +170,144 @@ def _typed(values: dict) -> dict:
             raise UsageError(f"{key} = {json.dumps(values[key])}: unknown key{hint}")
     for key, field in known.items():
         if key not in values and field.default is MISSING:
-            raise UsageError(f"{key} is missing: expected {_kind_name(kinds[key])}")
-    typed = {}
+            raise UsageError(f"{key} is missing: expected {KINDS[kinds[key]][0]}")
     for key, value in values.items():
-        try:
-            typed[key] = _convert(value, kinds[key])
-        except TypeError:
-            expected = _kind_name(kinds[key])
-            raise UsageError(f"{key} = {json.dumps(value)}: expected {expected}") from None
-    return typed
+        expected, is_such = KINDS[kinds[key]]
+        if not is_such(value):
+            raise UsageError(f"{key} = {json.dumps(value)}: expected {expected}")
+    return {key: _frozen(value, kinds[key]) for key, value in values.items()}
 
 
-def _convert(value, kind):
-    """The JSON `value` as `kind`; raises TypeError where it is none."""
-    if isinstance(kind, types.UnionType):
-        for option in typing.get_args(kind):
-            try:
-                return _convert(value, option)
-            except TypeError:
-                pass
-    elif typing.get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
-    elif kind is float:
-        if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # NaN is not
-            return float(value)
-    elif kind is int:
-        if type(value) is int and abs(value) < 2**63:
-            return value
-    elif type(value) is kind:
-        return value
-    raise TypeError
+def _frozen(value, kind):
+    """Lists as tuples, at any depth; an integer for a number as a float."""
+    if isinstance(value, list):
+        return tuple(_frozen(item, None) for item in value)
+    return float(value) if kind in (float, float | None) and value is not None else value
 
 
-def _kind_name(kind) -> str:
-    """`kind` in the words of a JSON file."""
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_kind_name(option) for option in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return f"a list, each {_kind_name(typing.get_args(kind)[0])}"
-    names = {int: "an integer", float: "a number", str: "a string", types.NoneType: "null"}
-    return names[kind]
+def _is_int(value) -> bool:
+    return type(value) is int and abs(value) < 2**63
 
 
-def _invariants(h: Config):
-    """Yields (key, holds, expected); each check may rely on those before it."""
-    for key in POSITIVE_KEYS:
-        yield key, getattr(h, key) > 0, "more than 0"
-    for key in ("lambda_mel", "lambda_feature", "num_workers"):
-        yield key, getattr(h, key) >= 0, "0 or more"
-    for key, largest in LARGEST.items():
-        yield key, (getattr(h, key) or 0) <= largest, f"at most {largest}"
-    for key in LIST_KEYS:
-        expected = f"at most {LONGEST_LIST} items of at most {LARGEST_ITEM} each"
-        yield key, _is_small(getattr(h, key)), expected
-    for key in ("adam_b1", "adam_b2"):
-        yield key, 0 <= getattr(h, key) < 1, "0 or more and less than 1"
-    yield "lr_decay", 0 < h.lr_decay <= 1, "more than 0 and at most 1"
-    yield "seed", 0 <= h.seed < 2**63, "0 or more and less than 2^63"
-    yield from _audio_invariants(h)
-    yield from _upsampling_invariants(h)
-    yield from _misr_invariants(h) if h.uses_misr else _mrf_invariants(h)
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # NaN is not
 
 
-def _audio_invariants(h: Config):
-    nyquist = h.sampling_rate / 2
-    yield "win_size", h.win_size <= h.n_fft, f"at most n_fft, {h.n_fft}"
-    padding = h.n_fft - h.hop_size
-    yield "n_fft", padding >= 0 and padding % 2 == 0, f"hop_size, {h.hop_size}, plus an even number"
-    yield (
-        "segment_size",
-        h.segment_size % h.hop_size == 0,
-        f"a multiple of hop_size, {h.hop_size}",
-    )
-    yield "segment_size", h.segment_size >= SMALLEST_SEGMENT, f"at least {SMALLEST_SEGMENT}"
-    yield "fmin", 0 <= h.fmin < nyquist, f"0 or more and less than sampling_rate / 2, {nyquist:g}"
-    for key in ("fmax", "fmax_for_loss"):
-        fmax = getattr(h, key)
-        expected = f"null or more than fmin, {h.fmin:g}, and at most sampling_rate / 2, {nyquist:g}"
-        yield key, fmax is None or h.fmin < fmax <= nyquist, expected
-    yield from _loss_invariants(h)
+def _is_list(value) -> bool:
+    return isinstance(value, list) and all(map(_is_int, value))
 
 
-def _loss_invariants(h: Config):
-    n_ffts, num_mels = h.n_ffts_for_loss or (), h.num_mels_for_loss or ()
-    expected = "null or a list of one or more multiples of 8, at least 64 each"
-    fits = h.n_ffts_for_loss is None or (n_ffts and all(n >= 64 and n % 8 == 0 for n in n_ffts))
-    yield "n_ffts_for_loss", fits, expected
-    expected = f"one number of bands for each of the {len(n_ffts)} n_ffts_for_loss"
-    yield "num_mels_for_loss", len(num_mels) == len(n_ffts), expected
-    expected = "positive numbers, each at most a quarter of its n_fft"
-    fits = all(0 < m <= n // 4 for m, n in zip(num_mels, n_ffts, strict=True))
-    yield "num_mels_for_loss", fits, expected
+def _is_list_of_lists(value) -> bool:
+    return isinstance(value, list) and all(map(_is_list, value))
 
 
-def _upsampling_invariants(h: Config):
-    rates, kernels = h.upsample_rates, h.upsample_kernel_sizes
-    yield "upsample_rates", rates and min(rates) > 0, "a list of one or more positive rates"
-    yield from _istft_invariants(h)
-    product = math.prod(rates) * (h.gen_istft_hop_size or 1)
-    times = ", times gen_istft_hop_size," if h.uses_istft else ""
-    expected = f"rates whose product{times} ({product} here) is hop_size, {h.hop_size}"
-    yield "upsample_rates", product == h.hop_size, expected
-    expected = f"one kernel size for each of the {len(rates)} upsample_rates"
-    yield "upsample_kernel_sizes", len(kernels) == len(rates), expected
-    gaps = [kernel - rate for kernel, rate in zip(kernels, rates, strict=True)]
-    expected = f"each its rate of {json.dumps(rates)} plus 0 or an even number"
-    yield "upsample_kernel_sizes", all(gap >= 0 and gap % 2 == 0 for gap in gaps), expected
-    last = h.upsample_initial_channel >> len(rates)
-    expected = f"at least {2 ** len(rates)}: it is halved in each of {len(rates)} stages"
-    yield "upsample_initial_channel", last > 0, expected
-    yield "resblock", h.resblock in ("1", "2"), '"1" or "2"'
+# The types of Config's fields: in the words of a JSON file, and whether a JSON value is such.
+KINDS = {
+    str: ("a string", lambda value: isinstance(value, str)),
+    int: ("an integer", _is_int),
+    int | None: ("an integer or null", lambda value: value is None or _is_int(value)),
+    float: ("a number", _is_number),
+    float | None: ("a number or null", lambda value: value is None or _is_number(value)),
+    tuple[int, ...]: ("a list, each an integer", _is_list),
+    tuple[int, ...] | None: (
+        "a list, each an integer, or null",
+        lambda value: value is None or _is_list(value),
+    ),
+    tuple[int, ...] | tuple[tuple[int, ...], ...]: (
+        "a list, each an integer, or a list of such lists",
+        lambda value: _is_list(value) or _is_list_of_lists(value),
+    ),
+}
 
 
-def _istft_invariants(h: Config):
-    n_fft, hop_size = h.gen_istft_n_fft, h.gen_istft_hop_size
-    missing = "gen_istft_n_fft" if n_fft is None else "gen_istft_hop_size"
-    both = "both gen_istft_n_fft and gen_istft_hop_size, or neither"
-    yield missing, (n_fft is None) == (hop_size is None), both
-    if h.uses_istft:
-        yield "gen_istft_n_fft", n_fft > 0 and n_fft % 2 == 0, "a positive even number"
-        expected = (
-            f"1 to half of gen_istft_n_fft, {n_fft // 2}, and less than hop_size, {h.hop_size}"
-        )
-        holds = 0 < hop_size <= n_fft // 2 and hop_size < h.hop_size
-        yield "gen_istft_hop_size", holds, expected
-
-
-def _misr_invariants(h: Config):
-    kernel, dilations = h.resblock_kernel_size, h.resblock_dilation_sizes
-    fusion = "one or more for MISR (MRF has resblock_kernel_sizes instead)"
-    yield "resblock_num", h.resblock_num is not None and h.resblock_num > 0, fusion
-    yield "resblock_kernel_size", kernel is not None and _is_odd(kernel), "an odd size for MISR"
-    yield (
-        "resblock_dilation_sizes",
-        _are_dilations(dilations),
-        "a flat list of positive dilations for MISR",
-    )
-    yield "misr_merge", h.misr_merge in ("mean", "conv"), '"mean" or "conv"'
-
-
-def _mrf_invariants(h: Config):
-    kernels, dilations = h.resblock_kernel_sizes, h.resblock_dilation_sizes
-    for key in ("resblock_num", "resblock_kernel_size"):
-        yield key, getattr(h, key) is None, "no such key beside resblock_kernel_sizes (MRF)"
-    yield (
-        "resblock_kernel_sizes",
-        len(kernels) > 0 and all(_is_odd(kernel) for kernel in kernels),
-        "one or more odd sizes",
-    )
-    yield (
-        "resblock_dilation_sizes",
-        len(dilations) == len(kernels)
-        and all(isinstance(each, tuple) and _are_dilations(each) for each in dilations),
-        f"a list of positive dilations for each of the {len(kernels)} resblock_kernel_sizes",
-    )
-
-
-def _is_small(value: int | tuple | None) -> bool:
-    """True for lists, of lists perhaps, that are short and hold no giant; and for None."""
-    if isinstance(value, tuple):
-        return len(value) <= LONGEST_LIST and all(map(_is_small, value))
-    return (value or 0) <= LARGEST_ITEM
-
-
-def _is_odd(size: int) -> bool:
-    return size > 0 and size % 2 == 1
+def _are_odd(sizes: tuple[int, ...]) -> bool:
+    return len(sizes) > 0 and all(size > 0 and size % 2 == 1 for size in sizes)
 
 
 def _are_dilations(values: tuple) -> bool:
     return len(values) > 0 and all(isinstance(value, int) and value > 0 for value in values)
+
+
+def _checks(h: Config) -> Iterator[tuple[bool, str, str]]:
+    """(whether it holds, the key, what was expected), each relying on those before it."""
+    for key in POSITIVE_KEYS:
+        yield getattr(h, key) > 0, key, "more than 0"
+    for key in ("lambda_mel", "lambda_feature", "adversarial_from", "num_workers", "seed"):
+        yield getattr(h, key) >= 0, key, "0 or more"
+    for key in ("adam_b1", "adam_b2"):
+        yield 0 <= getattr(h, key) < 1, key, "0 or more and less than 1"
+    yield 0 < h.lr_decay <= 1, "lr_decay", "more than 0 and at most 1"
+    yield h.win_size <= h.n_fft, "win_size", f"at most n_fft, {h.n_fft}"
+    overlap = h.n_fft - h.hop_size
+    expected = f"hop_size, {h.hop_size}, plus an even number"
+    yield overlap >= 0 and overlap % 2 == 0, "n_fft", expected
+    expected = f"a multiple of hop_size, {h.hop_size}"
+    yield h.segment_size % h.hop_size == 0, "segment_size", expected
+    yield h.segment_size >= SMALLEST_SEGMENT, "segment_size", f"at least {SMALLEST_SEGMENT}"
+    nyquist = h.sampling_rate / 2
+    expected = f"0 or more and less than sampling_rate / 2, {nyquist:g}"
+    yield 0 <= h.fmin < nyquist, "fmin", expected
+    expected = f"null or more than fmin, {h.fmin:g}, and at most sampling_rate / 2, {nyquist:g}"
+    for key in ("fmax", "fmax_for_loss"):
+        fmax = getattr(h, key)
+        yield fmax is None or h.fmin < fmax <= nyquist, key, expected
+    n_ffts, bands = h.n_ffts_for_loss or (), h.num_mels_for_loss or ()
+    expected = "null or a list of one or more multiples of 8, at least 64 each"
+    yield all(n >= 64 and n % 8 == 0 for n in n_ffts), "n_ffts_for_loss", expected
+    yield h.n_ffts_for_loss != (), "n_ffts_for_loss", expected
+    expected = f"one number of bands for each of the {len(n_ffts)} n_ffts_for_loss"
+    yield len(bands) == len(n_ffts), "num_mels_for_loss", expected
+    expected = "positive numbers, each at most a quarter of its n_fft"
+    fits = all(0 < m <= n // 4 for m, n in zip(bands, n_ffts, strict=True))
+    yield fits, "num_mels_for_loss", expected
+    yield from _generator_checks(h)
+
+
+def _generator_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
+    """As _checks, of the generator's shape."""
+    rates, kernels = h.upsample_rates, h.upsample_kernel_sizes
+    yield min(rates, default=0) > 0, "upsample_rates", "a list of one or more positive rates"
+    n_fft, hop_size = h.gen_istft_n_fft, h.gen_istft_hop_size
+    expected = "both gen_istft_n_fft and gen_istft_hop_size, or neither"
+    yield n_fft is not None or hop_size is None, "gen_istft_n_fft", expected
+    yield hop_size is not None or n_fft is None, "gen_istft_hop_size", expected
+    if h.uses_istft:
+        yield n_fft > 0 and n_fft % 2 == 0, "gen_istft_n_fft", "a positive even number"
+        holds = 0 < hop_size <= n_fft // 2 and hop_size < h.hop_size
+        expected = f"1 to half of gen_istft_n_fft, {n_fft // 2}, and less than {h.hop_size}"
+        yield holds, "gen_istft_hop_size", expected
+    product = math.prod(rates) * (hop_size or 1)
+    times = ", times gen_istft_hop_size," if h.uses_istft else ""
+    expected = f"rates whose product{times} ({product} here) is hop_size, {h.hop_size}"
+    yield product == h.hop_size, "upsample_rates", expected
+    expected = f"one kernel size for each of the {len(rates)} upsample_rates"
+    yield len(kernels) == len(rates), "upsample_kernel_sizes", expected
+    gaps = [kernel - rate for kernel, rate in zip(kernels, rates, strict=True)]
+    expected = f"each its rate of {json.dumps(rates)} plus 0 or an even number"
+    yield all(gap >= 0 and gap % 2 == 0 for gap in gaps), "upsample_kernel_sizes", expected
+    expected = f"at least {2 ** len(rates)}: it is halved in each of {len(rates)} stages"
+    yield h.upsample_initial_channel >= 2 ** len(rates), "upsample_initial_channel", expected
+    yield h.resblock in ("1", "2"), "resblock", '"1" or "2"'
+    yield from _misr_checks(h) if h.uses_misr else _mrf_checks(h)
+
+
+def _misr_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
+    expected = "one or more for MISR (MRF has resblock_kernel_sizes instead)"
+    yield (h.resblock_num or 0) > 0, "resblock_num", expected
+    yield _are_odd((h.resblock_kernel_size or 0,)), "resblock_kernel_size", "an odd size for MISR"
+    expected = "a flat list of positive dilations for MISR"
+    yield _are_dilations(h.resblock_dilation_sizes), "resblock_dilation_sizes", expected
+    yield h.misr_merge in ("mean", "conv"), "misr_merge", '"mean" or "conv"'
+
+
+def _mrf_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
+    kernels, dilations = h.resblock_kernel_sizes, h.resblock_dilation_sizes
+    for key in ("resblock_num", "resblock_kernel_size"):
+        expected = "no such key beside resblock_kernel_sizes (MRF)"
+        yield getattr(h, key) is None, key, expected
+    yield _are_odd(kernels), "resblock_kernel_sizes", "one or more odd sizes"
+    holds = len(dilations) == len(kernels) and all(
+        isinstance(each, tuple) and _are_dilations(each) for each in dilations
+    )
+    expected = f"a list of positive dilations for each of the {len(kernels)} resblock_kernel_sizes"
+    yield holds, "resblock_dilation_sizes", expected

@@ -4,40 +4,51 @@
 
 From Python:
 
-    from inference import load_generator, stream, synthesize
+    from inference import Streamer, load_generator, stream, synthesize
     generator, h = load_generator("cp_misrnet/g_00500000", device="cpu")
     wav = synthesize(generator, mel)    # [num_mels, T] -> [T * hop_size] at h.sampling_rate
     for piece in stream(generator, mel, chunk_frames=32):    # the same samples, as they come
         ...
+    samples = Streamer(generator).feed(frames)    # of a mel that is still being made
 """
 
 import argparse
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from audio import AUDIO_EXTENSIONS, write_wav
-from checkpoint import load_checkpoint, load_weights
-from distributed import select_device
+from audio import AUDIO_EXTENSIONS, load_wav, write_wav, writing_wav
+from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
-from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, WavMel, wav_mel
+from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, mel_of_stretch
 from models import Generator
 from utils import (
     Job,
+    Tally,
     command_line,
     command_parser,
     is_out_of_memory,
     natural,
     plan_outputs,
     positive,
-    process_files,
+    say,
 )
+from weights import generator_weights, is_y_chans, load_checkpoint, load_weights
 
-Mel = torch.Tensor | WavMel  # [num_mels, T]: has a shape, and mel[:, first:stop]
+
+class Mel(NamedTuple):
+    """A log-mel, computed or read where it is needed."""
+
+    frames: int
+    part: Callable[[int, int], torch.Tensor]  # (first, stop) -> [num_mels, stop - first]
 
 
 def load_generator(
@@ -45,28 +56,39 @@ def load_generator(
 ) -> tuple[Generator, Config]:
     """The generator of a `g_*` file, ready to speak, and the config beside it.
 
-    Files of HiFi-GAN will do. Devices are named as by --device. With precision "bf16" all but the
-    last layer compute in bfloat16. On a CPU, tunes the process as `select_device` does.
+    Files of the whole family will do. Devices are named as by --device. With precision "bf16" all
+    but the last layer compute in bfloat16. Does not change the process that calls it: one that does
+    nothing else may call `speed_up_cpu` before.
 
     Raises:
         UserError: an unreadable file, no config.json beside it, or one that does not fit.
     """
-    device = select_device(str(device))  # first: threads take over how denormals are treated
-    contents = load_checkpoint(checkpoint_file)
+    device = select_device(str(device))
+    weights = generator_weights(load_checkpoint(checkpoint_file), checkpoint_file)
     config = Path(checkpoint_file).with_name("config.json")
     if not config.exists():
         raise UserError(
             f"{checkpoint_file}: no config.json beside it; copy that of its training run there"
         )
-    h = load_config(config)
-    if "generator" not in contents:
-        hint = "; take the g_* file beside it" if "optim_g" in contents else ""
-        raise UserError(f"{checkpoint_file}: holds no generator{hint}")
-    with torch.device("meta"):  # so that a misfit is found before it takes any memory
-        load_weights(Generator(h), contents["generator"], checkpoint_file)
-    generator = Generator(h)
-    load_weights(generator, contents["generator"], checkpoint_file)
-    return prepare(generator, device, precision), h
+    h = load_config(config, say)
+    if is_y_chans(weights) and h.misr_merge != "conv":
+        say(f'{checkpoint_file}: of y-chan\'s port, so misr_merge is "conv"')
+        h = replace(h, misr_merge="conv")
+    with _one_thread():  # a process that has run work in parallel cannot fork
+        generator = Generator(h)
+        generator.remove_weight_norm()
+        load_weights(generator, weights, checkpoint_file)
+        return prepare(generator, device, precision), h
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def prepare(generator: Generator, device: torch.device, precision: str) -> Generator:
@@ -78,53 +100,128 @@ def prepare(generator: Generator, device: torch.device, precision: str) -> Gener
     return generator.eval().to(device)
 
 
-def synthesize(generator: Generator, mel: Mel, chunk_frames: int = 0) -> torch.Tensor:
+class Streamer:
+    """Speaks while it is fed: log-mel frames in, at any number at a time, final samples out.
+
+        streamer = Streamer(generator)
+        for mel in acoustic_model:          # [num_mels, n]
+            play(streamer.feed(mel))        # [samples], as many as are final
+        play(streamer.flush())              # the rest; the next feed begins anew
+
+    All samples together are those of the whole, to rounding, however the mel was cut. A sample is
+    final when the frames that its receptive field reaches ahead are there; as many frames, and
+    those it reaches back, are all that is kept.
+    """
+
+    def __init__(self, generator: Generator):
+        self.generator = generator
+        self.before, self.after = generator.receptive_field
+        self._begin()
+
+    def _begin(self) -> None:
+        self.mel = torch.zeros(self.generator.conv_pre.in_channels, 0)
+        self.spoken = 0  # frames of self.mel whose sound has been given
+
+    def feed(self, mel: torch.Tensor) -> torch.Tensor:
+        """Takes frames [num_mels, n]; gives the samples [N] that have become final, 0 perhaps.
+
+        Raises:
+            TypeError: no tensor or array.
+            ValueError: a mel of another shape or not finite.
+        """
+        mel = as_mel(mel, self.generator).to(self.mel)
+        self.mel = torch.cat([self.mel, mel], dim=1)
+        return self._speak(self.mel.shape[1] - self.after)
+
+    def flush(self) -> torch.Tensor:
+        """Gives the samples [N] of the frames that are left: the mel has ended."""
+        wav = self._speak(self.mel.shape[1])
+        self._begin()
+        return wav
+
+    @torch.inference_mode()
+    def _speak(self, stop: int) -> torch.Tensor:
+        """The samples of the frames from `spoken` to `stop`; forgets what is needed no more."""
+        device, hop_size = self.generator.conv_post.bias.device, self.generator.hop_size
+        if stop <= self.spoken:
+            return torch.zeros(0, device=device)
+        wav = self.generator(self.mel.to(device).unsqueeze(0))[0, 0]
+        wav = wav[self.spoken * hop_size : stop * hop_size]
+        forgotten = max(0, stop - self.before)
+        self.mel, self.spoken = self.mel[:, forgotten:], stop - forgotten
+        return wav
+
+
+def as_mel(mel: torch.Tensor, generator: Generator) -> torch.Tensor:
+    """A tensor or NumPy array of real numbers [num_mels, T] as a float32 tensor.
+
+    Raises:
+        TypeError: no tensor or array of real numbers.
+        ValueError: another shape, or NaN or infinity.
+    """
+    num_mels = generator.conv_pre.in_channels
+    try:
+        mel = torch.as_tensor(mel)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"a mel of type {type(mel).__name__}: expected a tensor") from None
+    if mel.is_complex() or mel.dtype == torch.bool:
+        raise TypeError(f"a mel of {mel.dtype}: expected real numbers")
+    if mel.dim() != 2 or mel.shape[0] != num_mels:
+        raise ValueError(f"mel of shape {list(mel.shape)}: expected [{num_mels}, T]")
+    if not mel.isfinite().all():
+        raise ValueError("mel holds NaN or infinity")
+    return mel.float()
+
+
+def synthesize(generator: Generator, mel: torch.Tensor, chunk_frames: int = 0) -> torch.Tensor:
     """Log-mel [num_mels, T] -> waveform [T * hop_size], on the generator's device.
 
     In [-1, 1], which an iSTFT head may exceed; files are clamped. With `chunk_frames`, so many
     frames at a time: the same samples in less memory.
 
     Raises:
-        ValueError: a mel of another shape or not finite.
+        TypeError, ValueError: as `stream`.
     """
     return torch.cat(list(stream(generator, mel, chunk_frames)))
 
 
-@torch.inference_mode()
-def stream(generator: Generator, mel: Mel, chunk_frames: int) -> Iterator[torch.Tensor]:
-    """Yields the waveform of a log-mel [num_mels, T] in pieces of at most `chunk_frames` frames.
+def stream(generator: Generator, mel: torch.Tensor, chunk_frames: int) -> Iterator[torch.Tensor]:
+    """Yields the waveform of a log-mel [num_mels, T] in pieces, from `chunk_frames` frames each.
 
-    Each chunk goes through the generator with its receptive field's frames around it, whose sound
-    is cut off: so the pieces together are what the whole would give, to rounding. 0 frames: all.
+    The pieces together are what the whole would give, to rounding. 0 frames: all at once.
 
     Raises:
+        TypeError: no tensor or array of real numbers.
         ValueError: a mel of another shape or not finite, or a negative number of frames.
     """
-    num_mels, device = generator.conv_pre.in_channels, generator.conv_post.bias.device
-    if len(mel.shape) != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
-        raise ValueError(f"mel of shape {list(mel.shape)}: expected [{num_mels}, T]")
+    mel = as_mel(mel, generator)
+    if mel.shape[1] == 0:
+        raise ValueError(f"mel of shape {list(mel.shape)}: expected one frame or more")
     if chunk_frames < 0:
         raise ValueError(f"chunk_frames = {chunk_frames}: expected 0 or more")
-    T = mel.shape[1]
-    before, after = generator.receptive_field
-    for start in range(0, T, chunk_frames or T):
-        stop = min(start + (chunk_frames or T), T)
-        first = max(0, start - before)
-        chunk = mel[:, first : stop + after]
-        if not chunk.isfinite().all():
-            raise ValueError(f"mel holds NaN or infinity in frames {first} to {stop + after}")
-        wav = generator(chunk.to(device).unsqueeze(0))[0, 0]
-        yield wav[(start - first) * generator.hop_size : (stop - first) * generator.hop_size]
+    return _stream(
+        generator, Mel(mel.shape[1], lambda first, stop: mel[:, first:stop]), chunk_frames
+    )
+
+
+def _stream(generator: Generator, mel: Mel, chunk_frames: int) -> Iterator[torch.Tensor]:
+    streamer, step = Streamer(generator), chunk_frames or mel.frames
+    for first in range(0, mel.frames, step):
+        piece = streamer.feed(mel.part(first, first + step))
+        if first + step >= mel.frames:
+            piece = torch.cat([piece, streamer.flush()])
+        if len(piece):
+            yield piece
 
 
 @torch.inference_mode()
-def synthesize_batch(generator: Generator, mels: list[Mel]) -> list[torch.Tensor]:
+def synthesize_batch(generator: Generator, mels: list[torch.Tensor]) -> list[torch.Tensor]:
     """Log-mels [num_mels, T] of several lengths -> their waveforms [T * hop_size].
 
     As one by one, but for the last samples of each, a receptive field: they hear silence follow.
     """
     longest = max(mel.shape[1] for mel in mels)
-    padded = [F.pad(mel[:, :], (0, longest - mel.shape[1]), value=SILENT_LOG_MEL) for mel in mels]
+    padded = [F.pad(mel, (0, longest - mel.shape[1]), value=SILENT_LOG_MEL) for mel in mels]
     wavs = generator(torch.stack(padded).to(generator.conv_post.bias.device)).squeeze(1)
     return [wav[: mel.shape[1] * generator.hop_size] for wav, mel in zip(wavs, mels, strict=True)]
 
@@ -182,44 +279,63 @@ def vocode_files(
     a: argparse.Namespace,
 ) -> int:
     """Writes the waveform of each job's mel; returns the exit status. `a` holds the flags above."""
-
-    def vocode(batch: list[Job]) -> Iterator[UserError]:
-        mels = {}
-        for job in batch:
-            try:
-                mels[job] = read_mel(job.source)
-            except UserError as error:
-                yield error
-        wavs = _synthesize_in_pieces(generator, list(mels.values()), a.chunk_frames)
-        for job, pieces in zip(mels, wavs, strict=True):
-            try:
-                write_wav(job.output, pieces, h.sampling_rate)
-            except UserError as error:
-                yield error
-
     if a.batch_size > 1:
         jobs = sorted(jobs, key=lambda job: job.source.stat().st_size)
     batches = [jobs[i : i + a.batch_size] for i in range(0, len(jobs), a.batch_size)]
     try:
-        return process_files(batches, vocode)
+        with Tally(len(jobs)) as tally:
+            for batch in batches:
+                vocode_batch(generator, h, batch, read_mel, a.chunk_frames, tally)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError("out of memory; try a smaller --chunk_frames or --batch_size") from None
+    return tally.status
 
 
-def _synthesize_in_pieces(
-    generator: Generator, mels: list[Mel], chunk_frames: int
-) -> Iterator[Iterable[torch.Tensor]]:
-    """Yields each mel's waveform, in pieces: as one batch, or one by one where any is longer."""
-    longest = max((mel.shape[1] for mel in mels), default=0)
+def vocode_batch(
+    generator: Generator,
+    h: Config,
+    jobs: list[Job],
+    read_mel: Callable[[Path], Mel],
+    chunk_frames: int,
+    tally: Tally,
+) -> None:
+    """Reads, synthesizes and writes: as one batch, or one by one where any exceeds a chunk."""
+    mels = {}
+    for job in jobs:
+        with tally.skipping():
+            mels[job] = read_mel(job.source)
+    longest = max((mel.frames for mel in mels.values()), default=0)
     if len(mels) > 1 and longest <= (chunk_frames or longest):
-        yield from ([wav] for wav in synthesize_batch(generator, mels))
+        wholes = [mel.part(0, mel.frames) for mel in mels.values()]
+        for job, wav in zip(mels, synthesize_batch(generator, wholes), strict=True):
+            with tally.skipping():
+                write_wav(job.output, wav, h.sampling_rate)
+                tally.written()
         return
-    for mel in mels:
-        chunks = math.ceil(mel.shape[1] / (chunk_frames or longest))
-        pieces = stream(generator, mel, chunk_frames)
-        yield tqdm(pieces, total=chunks, unit="chunk", leave=False, disable=chunks == 1 or None)
+    for job, mel in mels.items():
+        pieces = _stream(generator, mel, chunk_frames)
+        chunks = math.ceil(mel.frames / (chunk_frames or mel.frames))
+        bar = tqdm(pieces, total=chunks, unit="chunk", leave=False, disable=chunks == 1 or None)
+        with tally.skipping():
+            with writing_wav(job.output, h.sampling_rate) as write:
+                for piece in bar:
+                    write(piece)
+            tally.written()
+
+
+def read_wav_mel(path: Path, h: Config, log_mel: LogMelSpectrogram) -> Mel:
+    """The mel of an audio file, at the level that it has; raises UserError as `load_wav` does."""
+    wav = load_wav(path, h.sampling_rate, min_samples=h.hop_size)
+    return Mel(len(wav) // h.hop_size, partial(mel_of_stretch, log_mel, wav))
+
+
+def start(a: argparse.Namespace) -> tuple[Generator, Config]:
+    """The generator that the flags name, in a process that is set up to do nothing else."""
+    if select_device(a.device).type == "cpu":
+        speed_up_cpu()  # first: threads take over how denormals are treated
+    return load_generator(a.checkpoint_file, a.device, a.precision)
 
 
 def main() -> int:
@@ -237,10 +353,10 @@ def main() -> int:
         output_dir="generated_files",
     )
     a = parser.parse_args()
-    generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
+    generator, h = start(a)
     jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, "_generated.wav")
-    log_mel = LogMelSpectrogram(h, h.fmax)
-    return vocode_files(generator, h, jobs, lambda path: wav_mel(path, log_mel, h), a)
+    read_mel = partial(read_wav_mel, h=h, log_mel=LogMelSpectrogram(h, h.fmax))
+    return vocode_files(generator, h, jobs, read_mel, a)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,17 @@ python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_mis
 """
 
 from functools import partial
+from pathlib import Path
 
 from audio import load_mel
-from inference import add_arguments, load_generator, vocode_files
+from inference import Mel, add_arguments, start, vocode_files
 from utils import command_line, command_parser, plan_outputs
+
+
+def read_mel(path: Path, num_mels: int) -> Mel:
+    """The mel of a .npy file; raises UserError as `load_mel` does."""
+    mel = load_mel(path, num_mels)
+    return Mel(mel.shape[1], lambda first, stop: mel[:, first:stop])
 
 
 def main() -> int:
@@ -26,9 +33,9 @@ def main() -> int:
         output_dir="generated_files_from_mel",
     )
     a = parser.parse_args()
-    generator, h = load_generator(a.checkpoint_file, a.device, a.precision)
+    generator, h = start(a)
     jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")
-    return vocode_files(generator, h, jobs, partial(load_mel, num_mels=h.num_mels), a)
+    return vocode_files(generator, h, jobs, partial(read_mel, num_mels=h.num_mels), a)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import nn
 
 from audio import AUDIO_EXTENSIONS, load_mel, load_wav, write_npy
 from env import Config, UserError, load_config
-from utils import Job, command_line, command_parser, plan_outputs, process_files
+from utils import Tally, command_line, command_parser, plan_outputs
 
 MAX_AMPLITUDE = 0.95  # of each training clip's peak, as in HiFi-GAN
 MIN_POWER = 1e-9  # keeps the gradient of the square root finite
@@ -32,7 +32,7 @@ SILENT_LOG_MEL = float(np.log(MIN_MAGNITUDE))
 MAX_FRAMES_ASTRAY = 2
 
 
-class Resolution(NamedTuple):
+class MelRecipe(NamedTuple):
     """A mel's recipe, in the words of Config."""
 
     sampling_rate: int
@@ -52,7 +52,7 @@ class LogMelSpectrogram(nn.Module):
     Source: jik876/hifi-gan, meldataset.py.
     """
 
-    def __init__(self, h: Config | Resolution, fmax: float | None):
+    def __init__(self, h: Config | MelRecipe, fmax: float | None):
         super().__init__()
         self.n_fft, self.hop_size, self.win_size = h.n_fft, h.hop_size, h.win_size
         filterbank = librosa.filters.mel(
@@ -84,8 +84,8 @@ class MelLoss(nn.Module):
     """The mean distance of log-mels, (wav_hat [B, N], wav [B, N]) -> scalar.
 
     HiFi-GAN's (eq. 3) by default. With `n_ffts_for_loss`, the mean over mels of those windows, a
-    quarter of one apart: long windows part the harmonics of a voice, so that without adversaries,
-    too, a generator learns its pitch, where the one mel lets it hum at the rate of the frames.
+    quarter of one apart. Long windows resolve the harmonics of a voice, so that a generator learns
+    its pitch without adversaries too; with the one mel alone it hums at the rate of the frames.
 
     Source: Yamamoto et al., "Parallel WaveGAN", section 2.2, for several resolutions.
     """
@@ -94,13 +94,13 @@ class MelLoss(nn.Module):
         super().__init__()
         # HiFi-GAN's name is for HiFi-GAN's error, which validation shows in any case.
         self.name = "mel_spec_error" if h.n_ffts_for_loss is None else "gen_loss_mel"
-        resolutions = [h]
+        recipes = [h]
         if h.n_ffts_for_loss is not None:
-            resolutions = [
-                Resolution(h.sampling_rate, h.fmin, n_fft, n_fft // 4, n_fft, num_mels)
+            recipes = [
+                MelRecipe(h.sampling_rate, h.fmin, n_fft, n_fft // 4, n_fft, num_mels)
                 for n_fft, num_mels in zip(h.n_ffts_for_loss, h.num_mels_for_loss, strict=True)
             ]
-        self.log_mels = nn.ModuleList(LogMelSpectrogram(r, h.fmax_for_loss) for r in resolutions)
+        self.log_mels = nn.ModuleList(LogMelSpectrogram(r, h.fmax_for_loss) for r in recipes)
 
     def forward(self, wav_hat: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -109,29 +109,19 @@ class MelLoss(nn.Module):
         return sum(F.l1_loss(log_mel(wav_hat), mel) for log_mel, mel in pairs) / len(mels)
 
 
-class WavMel:
-    """The log-mel [num_mels, T] of a waveform [N], computed where it is sliced.
+def mel_of_stretch(
+    log_mel: LogMelSpectrogram, wav: torch.Tensor, first: int, stop: int
+) -> torch.Tensor:
+    """Frames `first` to `stop` of the log-mel of wav [N], as [num_mels, stop - first].
 
-    `mel[:, first:stop]` equals that slice of the whole waveform's mel, to rounding.
+    Equal to that slice of the whole waveform's mel, to rounding; frames that there are not are left
+    out, as in any slice.
     """
-
-    def __init__(self, log_mel: LogMelSpectrogram, wav: torch.Tensor):
-        self.log_mel, self.wav = log_mel, wav
-        self.shape = (len(log_mel.filterbank), len(wav) // log_mel.hop_size)
-
-    def __getitem__(self, key: tuple[slice, slice]) -> torch.Tensor:
-        bands, frames = key
-        first, stop, _ = frames.indices(self.shape[1])
-        hop_size = self.log_mel.hop_size
-        context = -(-self.log_mel.n_fft // hop_size)  # frames that the end of a slice would bend
-        begin = max(0, first - context)
-        wav = self.wav[begin * hop_size : (stop + context) * hop_size]
-        return self.log_mel(wav.unsqueeze(0))[0, bands, first - begin : stop - begin]
-
-
-def wav_mel(path: str | Path, log_mel: LogMelSpectrogram, h: Config) -> WavMel:
-    """The mel of an audio file, at the level that it has; raises UserError as `load_wav` does."""
-    return WavMel(log_mel, load_wav(path, h.sampling_rate, min_samples=h.hop_size))
+    hop_size = log_mel.hop_size
+    context = -(-log_mel.n_fft // hop_size)  # frames that the end of a slice would bend
+    begin, stop = max(0, first - context), min(stop, len(wav) // hop_size)
+    stretch = wav[begin * hop_size : (stop + context) * hop_size]
+    return log_mel(stretch.unsqueeze(0))[0, :, first - begin : stop - begin]
 
 
 def read_clips(file_list: str | Path, wavs_dir: str | Path) -> np.ndarray:
@@ -305,15 +295,14 @@ def main() -> int:
     h = load_config(a.config)
     log_mel = LogMelSpectrogram(h, h.fmax)
 
-    def write_mel(batch: list[Job]) -> Iterator[UserError]:
-        for source, output in batch:
-            try:
-                write_npy(output, wav_mel(source, log_mel, h)[:, :].numpy())
-            except UserError as error:
-                yield error
-
     jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, ending=".npy")
-    return process_files([[job] for job in jobs], write_mel)
+    with Tally(len(jobs)) as tally:
+        for source, output in jobs:
+            with tally.skipping():
+                wav = load_wav(source, h.sampling_rate, min_samples=h.hop_size)
+                write_npy(output, log_mel(wav.unsqueeze(0))[0].numpy())
+                tally.written()
+    return tally.status
 
 
 if __name__ == "__main__":

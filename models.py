@@ -5,11 +5,11 @@
 
 MISRNet (Kaneko et al., Interspeech 2022) is HiFi-GAN (Kong et al., NeurIPS 2020) with each
 multi-receptive-field fusion (MRF) replaced by a multi-input single shared residual block (MISR).
-Parameters have the names of jik876/hifi-gan, so its checkpoints load.
+Parameters have the names of jik876/hifi-gan; weights.py reads and writes its files.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -71,27 +71,15 @@ class ResBlock2(nn.Module):
 RESBLOCKS = {"1": ResBlock1, "2": ResBlock2}
 
 
-class MRF(nn.ModuleList):
-    """Multi-receptive-field fusion: the mean of several residual blocks, [B, C, T] -> [B, C, T].
+def mrf(blocks: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """Multi-receptive-field fusion: the mean of what residual blocks make of x [B, C, T].
 
-    Its weights keep PyTorch's default initialisation. That is what HiFi-GAN trains with: its
+    The blocks keep PyTorch's default initialisation. That is what HiFi-GAN trains with: its
     N(0, 0.01) is written into weights that weight norm computes anew at the first forward.
 
     Source: HiFi-GAN, section 2.2.
     """
-
-    def __init__(
-        self,
-        channels: int,
-        kernel_sizes: tuple[int, ...],
-        dilation_sizes: tuple[tuple[int, ...], ...],
-        resblock: type[nn.Module] = ResBlock1,
-    ):
-        pairs = zip(kernel_sizes, dilation_sizes, strict=True)
-        super().__init__(resblock(channels, kernel, dilations) for kernel, dilations in pairs)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return sum(block(x) for block in self) / len(self)
+    return sum(block(x) for block in blocks) / len(blocks)
 
 
 class MISR(nn.Module):
@@ -123,22 +111,23 @@ class MISR(nn.Module):
         self.output_conv = None
         if merge == "conv":
             self.output_conv = _conv1d(num_inputs * channels, channels, kernel_size=1)
-        self._initialise(channels)
+        self.initialise()
 
     @torch.no_grad()
-    def _initialise(self, channels: int) -> None:
+    def initialise(self, view_noise: float = VIEW_NOISE) -> None:
         """Starts near the identity, with N different views of it.
 
         With PyTorch's default input convolutions, the block starts from N random mixtures of its
         channels and learns markedly slower than MRF; so it starts, like MRF, from x itself plus
         small residuals. Weights are assigned, not written into: weight norm recomputes them.
         """
+        channels = self.input_conv.in_channels
         for conv in self.resblock.modules():
             if isinstance(conv, nn.Conv1d):
                 conv.weight = RESIDUAL_STD * torch.randn_like(conv.weight)
         views = torch.eye(channels).repeat(self.num_inputs, 1).unsqueeze(-1)
         noise = torch.randn_like(self.input_conv.weight)
-        self.input_conv.weight = views + VIEW_NOISE / math.sqrt(channels) * noise
+        self.input_conv.weight = views + view_noise / math.sqrt(channels) * noise
         self.input_conv.bias.zero_()
         if self.output_conv is not None:  # starts as the mean
             mean = torch.eye(channels).repeat(1, self.num_inputs).unsqueeze(-1) / self.num_inputs
@@ -195,8 +184,11 @@ class InverseSTFT(nn.Module):
 class Generator(nn.Module):
     """Log-mel [B, num_mels, T] -> waveform [B, 1, T * hop_size], in [-1, 1] but for iSTFT heads.
 
-    Source: HiFi-GAN, section 2.2, with MISR or MRF after each transposed convolution; iSTFTNet,
-    whose last stages are an inverse STFT.
+    A stage is a transposed convolution and a MISR, or the residual blocks of an MRF. The blocks of
+    all stages lie in one list, `resblocks`, as in HiFi-GAN's files.
+
+    Source: HiFi-GAN, section 2.2, with MISR in place of MRF; iSTFTNet, whose last stages are an
+    inverse STFT.
     """
 
     def __init__(self, h: Config):
@@ -204,18 +196,13 @@ class Generator(nn.Module):
         self.hop_size = h.hop_size
         channels = h.upsample_initial_channel
         self.conv_pre = _conv1d(h.num_mels, channels, kernel_size=7)
-        self.ups = nn.ModuleList()
-        self.fusions = []
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
         for rate, kernel in zip(h.upsample_rates, h.upsample_kernel_sizes, strict=True):
             padding = (kernel - rate) // 2
             up = ConvTranspose1d(channels, channels // 2, kernel, rate, padding=padding)
             self.ups.append(weight_norm(up))
             channels //= 2
-            self.fusions.append(_fusion(h, channels))
-        # The weights' names: `resblocks.{stage}` for MISR and, as in HiFi-GAN's files,
-        # `resblocks.{stage * kernels + k}` for MRF. So `fusions` is a plain list, not registered.
-        blocks = self.fusions if h.uses_misr else [block for mrf in self.fusions for block in mrf]
-        self.resblocks = nn.ModuleList(blocks)
+            self.resblocks.extend(_stage_blocks(h, channels))
         if h.uses_istft:
             self.conv_post = _conv1d(channels, h.gen_istft_n_fft + 2, kernel_size=7)
             self.istft = InverseSTFT(h.gen_istft_n_fft, h.gen_istft_hop_size)
@@ -229,8 +216,9 @@ class Generator(nn.Module):
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             x = channels_last(x)
         x = self.conv_pre(x)
-        for up, fusion in zip(self.ups, self.fusions, strict=True):
-            x = fusion(up(F.leaky_relu(x, LRELU_SLOPE)))
+        for up, blocks in self.stages():
+            x = up(F.leaky_relu(x, LRELU_SLOPE))
+            x = blocks[0](x) if len(blocks) == 1 else mrf(blocks, x)
         x = F.leaky_relu(x, POST_LRELU_SLOPE)
         # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
         with torch.autocast(x.device.type, enabled=False):
@@ -238,6 +226,11 @@ class Generator(nn.Module):
             if self.istft is None:
                 return torch.tanh(self.conv_post(x))
             return self.istft(self.conv_post(F.pad(x, (1, 0), mode="reflect")))
+
+    def stages(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """The transposed convolution of each stage, and its blocks: one MISR, or an MRF's."""
+        blocks, count = list(self.resblocks), len(self.resblocks) // len(self.ups)
+        return [(up, blocks[i * count : (i + 1) * count]) for i, up in enumerate(self.ups)]
 
     @property
     def receptive_field(self) -> tuple[int, int]:
@@ -248,8 +241,9 @@ class Generator(nn.Module):
             first, last = _sources(first, last, kernel_size=n_fft, rate=rate, padding=n_fft // 2)
             first, last = first - 1, last - 1  # the reflected frame
         first, last = first - self.conv_post.padding[0], last + self.conv_post.padding[0]
-        for up, fusion in zip(reversed(self.ups), reversed(self.fusions), strict=True):
-            first, last = first - _radius(fusion), last + _radius(fusion)
+        for up, blocks in reversed(self.stages()):
+            radius = max(map(_radius, blocks))
+            first, last = first - radius, last + radius
             (kernel_size,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
             first, last = _sources(first, last, kernel_size, rate=rate, padding=padding)
         return self.conv_pre.padding[0] - first, last + self.conv_pre.padding[0]
@@ -259,13 +253,13 @@ class Generator(nn.Module):
         for module in self.modules():
             if is_parametrized(module, "weight"):
                 remove_parametrizations(module, "weight")
+                # weight_norm leaves a hook behind, which no pickle takes.
+                module._load_state_dict_pre_hooks.clear()
 
 
-def _radius(fusion: MRF | MISR) -> int:
-    """How many samples to each side a sample of a fusion's output depends on."""
-    blocks = fusion if isinstance(fusion, MRF) else [fusion.resblock]
-    convs = ([m for m in block.modules() if isinstance(m, nn.Conv1d)] for block in blocks)
-    return max(sum(conv.padding[0] for conv in each) for each in convs)
+def _radius(block: nn.Module) -> int:
+    """How many samples to each side a sample of a block's output depends on."""
+    return sum(m.padding[0] for m in block.modules() if isinstance(m, nn.Conv1d))
 
 
 def _sources(first: int, last: int, kernel_size: int, rate: int, padding: int) -> tuple[int, int]:
@@ -273,18 +267,21 @@ def _sources(first: int, last: int, kernel_size: int, rate: int, padding: int) -
     return -((kernel_size - 1 - padding - first) // rate), (last + padding) // rate
 
 
-def _fusion(h: Config, channels: int) -> nn.Module:
+def _stage_blocks(h: Config, channels: int) -> list[nn.Module]:
+    """A stage's MISR, or the residual blocks of its MRF."""
     resblock = RESBLOCKS[h.resblock]
-    if h.uses_misr:
-        return MISR(
-            channels,
-            h.resblock_num,
-            kernel_size=h.resblock_kernel_size,
-            dilations=h.resblock_dilation_sizes,
-            merge=h.misr_merge,
-            resblock=resblock,
-        )
-    return MRF(channels, h.resblock_kernel_sizes, h.resblock_dilation_sizes, resblock=resblock)
+    if not h.uses_misr:
+        pairs = zip(h.resblock_kernel_sizes, h.resblock_dilation_sizes, strict=True)
+        return [resblock(channels, kernel, dilations) for kernel, dilations in pairs]
+    misr = MISR(
+        channels,
+        h.resblock_num,
+        kernel_size=h.resblock_kernel_size,
+        dilations=h.resblock_dilation_sizes,
+        merge=h.misr_merge,
+        resblock=resblock,
+    )
+    return [misr]
 
 
 def _width(channels: int, h: Config) -> int:
@@ -381,8 +378,6 @@ class MultiScaleDiscriminator(nn.Module):
         super().__init__()
         norms = (spectral_norm, weight_norm, weight_norm)
         self.discriminators = nn.ModuleList(ScaleDiscriminator(norm, h) for norm in norms)
-        # PyTorch accepts the keys of the old weight norm itself, not those of the spectral norm.
-        self.register_load_state_dict_pre_hook(_accept_old_keys)
 
     def forward(self, wav: torch.Tensor) -> tuple[list, list]:
         scores, features = [], []
@@ -411,37 +406,11 @@ class Discriminators(nn.Module):
         return msd_scores + mpd_scores, msd_features + mpd_features
 
 
-def modern_keys(state_dict: dict) -> dict:
-    """`state_dict` with the keys of the old weight_norm and spectral_norm, as in HiFi-GAN's files,
-    replaced by those of torch.nn.utils.parametrizations."""
-    renamed = {}
-    for key, value in state_dict.items():
-        layer, _, name = key.rpartition(".")
-        is_spectral = f"{layer}.weight_orig" in state_dict
-        renames = OLD_SPECTRAL_NORM_KEYS if is_spectral else OLD_WEIGHT_NORM_KEYS
-        renamed[f"{layer}.{renames[name]}" if name in renames else key] = value
-    return renamed
-
-
-OLD_WEIGHT_NORM_KEYS = {
-    "weight_g": "parametrizations.weight.original0",
-    "weight_v": "parametrizations.weight.original1",
-}
-OLD_SPECTRAL_NORM_KEYS = {
-    "weight_orig": "parametrizations.weight.original",
-    "weight_u": "parametrizations.weight.0._u",
-    "weight_v": "parametrizations.weight.0._v",
-}
-
-
-def _accept_old_keys(module: nn.Module, state_dict: dict, *_) -> None:
-    renamed = modern_keys(state_dict)
-    state_dict.clear()
-    state_dict.update(renamed)
-
-
 def discriminator_loss(real_scores: list, fake_scores: list) -> torch.Tensor:
-    """LSGAN: real scores to 1, fake ones to 0; summed over the discriminators (HiFi-GAN, eq. 1)."""
+    """LSGAN: real scores to 1, fake ones to 0; summed over the discriminators (HiFi-GAN, eq. 1).
+
+    Takes a score [B, S] of each discriminator; gives a scalar.
+    """
     pairs = zip(real_scores, fake_scores, strict=True)
     return sum(
         (1 - _at_least_fp32(real)).square().mean() + _at_least_fp32(fake).square().mean()
@@ -450,14 +419,18 @@ def discriminator_loss(real_scores: list, fake_scores: list) -> torch.Tensor:
 
 
 def generator_loss(fake_scores: list) -> torch.Tensor:
-    """LSGAN: fake scores to 1; summed over the discriminators (HiFi-GAN, eq. 2)."""
+    """LSGAN: fake scores to 1; summed over the discriminators (HiFi-GAN, eq. 2).
+
+    Takes a score [B, S] of each discriminator; gives a scalar.
+    """
     return sum((1 - _at_least_fp32(fake)).square().mean() for fake in fake_scores)
 
 
 def feature_loss(real_features: list, fake_features: list) -> torch.Tensor:
     """Mean L1 distance of each feature, summed over layers and discriminators (HiFi-GAN, eq. 4).
 
-    Takes a list for each discriminator of its features; the caller weights the sum.
+    Takes, of each discriminator, the list of its features: [B, C, S] of a scale, [B, C, S, period]
+    of a period. Gives a scalar, which the caller weights.
     """
     return sum(
         F.l1_loss(_at_least_fp32(fake), _at_least_fp32(real))

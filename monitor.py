@@ -74,7 +74,7 @@ class Monitor:
     def progress(self, state: State, losses: dict[str, torch.Tensor]) -> None:
         """News for the bar, or a line of text where there is none. Waits for the device."""
         self._write_metrics()
-        # Before --adversarial_from, discriminators have no loss.
+        # Before adversarial_from, discriminators have no loss.
         shown = [name for name in LONG if name in losses]
         values = mean_over_processes(torch.stack([losses[name] for name in shown])).tolist()
         means = dict(zip(shown, values, strict=True))

@@ -35,7 +35,8 @@ def command_line(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):  # another process of the run says it
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -123,11 +124,10 @@ def command_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and renames it to `path` once it is written whole.
+def temporary_beside(path: str | Path) -> Iterator[Path]:
+    """Yields an empty temporary file beside `path`, to be `put` there; it is gone afterwards.
 
-    Whatever goes wrong, `path` holds its old contents or all of the new ones, also after a power
-    cut. Folders are made as needed.
+    Folders are made as needed.
 
     Raises:
         WriteError: the file cannot be written.
@@ -142,16 +142,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
-        os.replace(temporary, path)
     except OSError as error:
         kind = UserError if error.errno == errno.ENAMETOOLONG else WriteError
         raise kind(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def put(temporary: Path, path: str | Path) -> None:
+    """Renames a `temporary_beside` that is written; `path` is whole, also after a power cut."""
+    with open(temporary, "rb+") as written:
+        os.fsync(written.fileno())
+    temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
+    os.replace(temporary, path)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and `put`s it there once it is written whole.
+
+    Whatever goes wrong, `path` holds its old contents or all of the new ones.
+
+    Raises:
+        WriteError, UserError: as `temporary_beside`.
+    """
+    with temporary_beside(path) as temporary:
+        yield temporary
+        put(temporary, path)
 
 
 def remove_temporary_files(folder: str | Path) -> None:
@@ -221,29 +239,54 @@ def check_inside(folder: Path, path: Path) -> None:
         raise UserError(f"{path.parent}: a link that leads out of {folder}; remove it")
 
 
-def process_files(
-    batches: list[list[Job]], process: Callable[[list[Job]], Iterator[UserError]]
-) -> int:
-    """Calls `process(batch)`, which yields the errors of the files it must skip, for each batch.
+class Tally:
+    """Counts the files of a command that goes on where one of them must be skipped.
 
-    Returns the exit status: 0, or 1 where any was skipped.
+        with Tally(len(jobs)) as tally:
+            for job in jobs:
+                with tally.skipping():      # a UserError inside is said, and the next file follows
+                    ...
+                    tally.written()
+        return tally.status             # 0, or 1 where any was skipped
 
-    Raises:
-        WriteError: one of the errors.
+    A WriteError ends the command: the next file would fare no better. SIGTERM, too, unwinds the
+    stack, so that temporary files are removed.
     """
-    end_cleanly_on_sigterm()
-    files = sum(len(batch) for batch in batches)
-    failures = 0
-    with tqdm(total=files, unit="file", disable=None) as bar:
-        for batch in batches:
-            for error in process(batch):
-                if isinstance(error, WriteError):
-                    raise error
-                failures += 1
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-            bar.update(len(batch))
-    print(f"{files - failures} files written" + (f", {failures} skipped" if failures else ""))
-    return 1 if failures else 0
+
+    def __init__(self, files: int):
+        self.files, self.skipped = files, 0
+
+    @property
+    def status(self) -> int:
+        """The exit status."""
+        return 1 if self.skipped else 0
+
+    def __enter__(self) -> "Tally":
+        end_cleanly_on_sigterm()
+        self.bar = tqdm(total=self.files, unit="file", disable=None)
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        self.bar.close()
+        if kind is None:
+            skipped = f", {self.skipped} skipped" if self.skipped else ""
+            print(f"{self.files - self.skipped} files written{skipped}")
+
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """For the work on one file."""
+        try:
+            yield
+        except WriteError:
+            raise
+        except UserError as error:
+            self.skipped += 1
+            self.bar.update()
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+    def written(self) -> None:
+        """Counts a file that is done."""
+        self.bar.update()
 
 
 def plot_spectrogram(mel: np.ndarray, hop_seconds: float) -> Figure:

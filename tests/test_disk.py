@@ -23,11 +23,12 @@ import inference
 import inference_e2e
 import meldataset
 import train
-from checkpoint import CHANGEABLE_KEYS, checkpoint_path, load_checkpoint, paired_steps
+from checkpoint import CHANGEABLE_KEYS, checkpoint_path, paired_steps
 from env import Config
 from tests.test_utils import full_disk
 from tools.toy import ROOT, corpus_arguments, run_main, speech_like, toy_values, write_config
 from utils import command_line
+from weights import load_checkpoint
 
 
 def contents(folder: Path) -> dict[str, bytes]:

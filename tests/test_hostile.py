@@ -23,11 +23,11 @@ import inference
 import inference_e2e
 import meldataset
 import train
-from checkpoint import load_checkpoint
 from env import UserError, load_config, one_line
 from models import Generator
 from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, speech_like, write_config
 from utils import command_line
+from weights import load_checkpoint
 
 
 class Trap:

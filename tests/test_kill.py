@@ -9,11 +9,12 @@ import torch
 
 import train
 import utils
-from checkpoint import checkpoint_path, load_checkpoint, paired_steps
+from checkpoint import checkpoint_path, paired_steps
 from env import UserError
 from tools.stress.kill import Kill, kill_over_and_over, random_kill
 from tools.toy import corpus_arguments, run_main, write_config
 from utils import remove_temporary_files, replacing
+from weights import load_checkpoint
 
 # In each trainer's first save, but for the two last; the first os.replace is config.json's.
 CHOSEN = [

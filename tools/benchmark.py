@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from checkpoint import build_state
-from distributed import select_device
+from distributed import select_device, speed_up_cpu
 from env import Config, load_config
 from inference import prepare, stream, synthesize
 from meldataset import LogMelSpectrogram
@@ -140,7 +140,7 @@ def inference_contestants(h: Config, device: torch.device, seconds: float) -> di
     generators = {f"ours, {p}": ready_generator(h, device, p) for p in ("fp32", "bf16")}
     if h.uses_misr:
         generators["loop"] = ready_generator(h, device, "fp32")
-        for misr in generators["loop"].fusions:
+        for misr in generators["loop"].resblocks:
             misr.forward = partial(textbook.misr_loop, misr)
     contestants = {
         name: Timing(partial(synthesize, generator, torch.randn(h.num_mels, frames) - 5))
@@ -210,8 +210,8 @@ def stream_once(
     config: str, minutes: float, chunk_frames: int, device: torch.device
 ) -> tuple[float, float, float]:
     """(peak memory in MB, seconds until the first samples, times real time) of one long mel."""
-    select_device(str(device))  # sets this process up as the scripts are
-    if device.type == "cpu":  # fail, where the machine would begin to swap
+    if device.type == "cpu":
+        speed_up_cpu()  # as the scripts are; and fail, where the machine would begin to swap
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     h = load_config(config)
@@ -370,6 +370,8 @@ def main() -> None:
     """Prints tables in markdown."""
     a = parse_arguments()
     device = select_device(a.device)
+    if device.type == "cpu":
+        speed_up_cpu()
     torch.backends.cudnn.benchmark = a.train  # as in train.py; inference has lengths of all kinds
     results = {"machine": machine(device)}
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))

@@ -14,21 +14,22 @@ import math
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
-import models
 from checkpoint import State, build_state
-from distributed import select_device
 from env import Config, UserError, load_config
+from loop import vocode_whole
 from meldataset import EndlessBatches, MelDataset
+from models import VIEW_NOISE
 from tools.toy import ROOT
-from train import training_step, vocode_whole
+from train import training_step
 from utils import command_line, command_parser, positive
 
 LISTS = ROOT / "pretrained/istft_v2_ljspeech"  # of three minutes and half a minute of LJSpeech
@@ -46,7 +47,7 @@ class Variant(NamedTuple):
 
     config: str = "config_v2.json"
     changes: dict = {}  # noqa: RUF012 - never written
-    noise: float = models.VIEW_NOISE
+    noise: float = VIEW_NOISE
     starts_as_views: bool = True  # False: PyTorch's default initialisation of MISR
     shared_rate: float = 1.0  # times the learning rate, in MISR's shared blocks
 
@@ -59,8 +60,8 @@ VARIANTS = {
     "kernel_7": Variant(changes={"resblock_kernel_size": 7}),
     "n_2": Variant(changes={"resblock_num": 2}),
     "n_4": Variant(changes={"resblock_num": 4}),
-    "half_noise": Variant(noise=models.VIEW_NOISE / 2),
-    "twice_noise": Variant(noise=models.VIEW_NOISE * 2),
+    "half_noise": Variant(noise=VIEW_NOISE / 2),
+    "twice_noise": Variant(noise=VIEW_NOISE * 2),
     "default_init": Variant(starts_as_views=False),
     "twice_rate": Variant(shared_rate=2.0),
 }
@@ -77,12 +78,12 @@ def make_config(variant: Variant, seed: int, batch_size: int) -> Config:
 
 def make_state(variant: Variant, h: Config) -> State:
     """A fresh generator whose optimizer knows the shared blocks' own rate."""
-    initialise = models.MISR._initialise if variant.starts_as_views else lambda *_: None
-    with (
-        mock.patch.object(models, "VIEW_NOISE", variant.noise),
-        mock.patch.object(models.MISR, "_initialise", initialise),
-    ):
-        state = build_state(h, select_device("cpu"), "bf16")
+    state = build_state(h, torch.device("cpu"), "bf16")
+    for block in state.generator.resblocks if h.uses_misr else ():
+        if not variant.starts_as_views:
+            initialise_by_default(block)
+        elif variant.noise != VIEW_NOISE:
+            block.initialise(variant.noise)
     if variant.shared_rate != 1:
         shared = [p for block in state.generator.resblocks for p in block.resblock.parameters()]
         ids = {id(p) for p in shared}
@@ -93,7 +94,17 @@ def make_state(variant: Variant, h: Config) -> State:
     return state
 
 
-def learn(state: State, clips: MelDataset, updates: int, adversarial: bool) -> float:
+@torch.no_grad()
+def initialise_by_default(block: nn.Module) -> None:
+    """Gives the convolutions of `block` PyTorch's default initialisation."""
+    for conv in block.modules():
+        if isinstance(conv, nn.Conv1d):
+            fresh = nn.Conv1d(conv.in_channels, conv.out_channels, conv.kernel_size)
+            conv.weight = fresh.weight
+            conv.bias.copy_(fresh.bias)
+
+
+def learn(state: State, clips: MelDataset, updates: int) -> float:
     """Trains; returns the CPU seconds of an update."""
     groups = state.optim_g.param_groups + state.optim_d.param_groups
     rates = [group["lr"] for group in groups]
@@ -104,7 +115,7 @@ def learn(state: State, clips: MelDataset, updates: int, adversarial: bool) -> f
         mel, wav = (
             torch.stack(x) for x in zip(*map(clips.__getitem__, next(batches)), strict=True)
         )
-        training_step(state, mel, wav, adversarial)
+        training_step(state, mel, wav)
     return (time.process_time() - begin) / updates
 
 
@@ -147,6 +158,7 @@ def main() -> None:
         errors, seconds = [], []
         for seed in a.seeds:
             h = make_config(VARIANTS[name], seed, a.batch_size)
+            h = replace(h, adversarial_from=0 if a.adversarial else a.updates)
             clips, validation = (
                 MelDataset(h, file_list, a.input_wavs_dir)
                 for file_list in (a.input_training_file, a.input_validation_file)
@@ -154,7 +166,7 @@ def main() -> None:
             if len(clips) < a.batch_size or not len(validation):
                 raise UserError(f"expected {a.batch_size} clips to train on and 1 to validate with")
             state = make_state(VARIANTS[name], h)
-            seconds.append(learn(state, clips, a.updates, a.adversarial))
+            seconds.append(learn(state, clips, a.updates))
             errors.append(mel_error(state, validation))
         state.generator.remove_weight_norm()
         count = sum(p.numel() for p in state.generator.parameters())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from checkpoint import writing_checkpoint
+from checkpoint import write_checkpoint
 from env import Config, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -85,5 +85,4 @@ def run_main(module, *arguments) -> int:
 
 def save_checkpoint(path: Path, contents: dict) -> None:
     """A checkpoint file of tensors and plain types."""
-    with writing_checkpoint(path, contents):
-        pass
+    write_checkpoint(path, contents, path)

@@ -19,8 +19,9 @@ import numpy as np
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts
-from checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, paired_steps
+from checkpoint import checkpoint_path, checkpoint_steps, paired_steps
 from tools.toy import ROOT, corpus_arguments, make_corpus, write_config
+from weights import load_checkpoint
 
 STEPS = 4
 

@@ -28,9 +28,10 @@ from tensorboard.util.tb_logging import get_logger
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts
 import train
-from checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, paired_steps
+from checkpoint import checkpoint_path, checkpoint_steps, paired_steps
 from tools.toy import corpus_arguments, make_corpus, run_main, write_config
 from utils import command_line
+from weights import load_checkpoint
 
 MOST_STEPS = 100_000
 CALLS = ((torch, "save"), (os, "fsync"), (os, "replace"))  # of one save: do_ and g_, in turns

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts
 from checkpoint import NEVER, State, build_state
 from distributed import select_device
 from env import Config, load_config
+from loop import count_update
 from meldataset import LogMelSpectrogram
 from tools.toy import write_config
-from train import count_update, set_learning_rate, training_step
+from train import set_learning_rate, training_step
 from utils import command_line, positive
 
 LARGEST_SLOPE = 100  # bytes a step; any tensor that is left behind takes more
