@@ -150,7 +150,7 @@ def run_meta(config: bytes) -> dict[str, str]:
     return {
         "version": version[1],
         "commit": commit,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain string, which loads safely
         "command": " ".join(sys.argv),
         "config": config.decode("utf-8-sig"),
     }
