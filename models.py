@@ -82,6 +82,11 @@ def mrf(blocks: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
     return sum(block(x) for block in blocks) / len(blocks)
 
 
+def fuse(blocks: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """What a stage's one MISR, or an MRF's blocks, make of x [B, C, T]."""
+    return blocks[0](x) if len(blocks) == 1 else mrf(blocks, x)
+
+
 class MISR(nn.Module):
     """Multi-input single shared residual block, [B, C, T] -> [B, C, T].
 
@@ -211,21 +216,27 @@ class Generator(nn.Module):
             self.istft = None
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        x = self.first(mel)
+        for up, blocks in self.stages():
+            x = fuse(blocks, up(F.leaky_relu(x, LRELU_SLOPE)))
+        x = self.last(x)
+        return torch.tanh(x) if self.istft is None else self.istft(x)
+
+    def first(self, mel: torch.Tensor) -> torch.Tensor:
+        """conv_pre, in the layout of all that follows: [B, num_mels, T] -> [B, C, T]."""
         x = mel.to(self.conv_pre.bias.dtype)
         # CPU libraries convolve up to three times as fast in this layout. Compilers choose theirs.
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             x = channels_last(x)
-        x = self.conv_pre(x)
-        for up, blocks in self.stages():
-            x = up(F.leaky_relu(x, LRELU_SLOPE))
-            x = blocks[0](x) if len(blocks) == 1 else mrf(blocks, x)
+        return self.conv_pre(x)
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        """conv_post, in fp32: what tanh or the inverse STFT makes a waveform of."""
         x = F.leaky_relu(x, POST_LRELU_SLOPE)
         # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.conv_post.bias.dtype)
-            if self.istft is None:
-                return torch.tanh(self.conv_post(x))
-            return self.istft(self.conv_post(F.pad(x, (1, 0), mode="reflect")))
+            return self.conv_post(x if self.istft is None else F.pad(x, (1, 0), mode="reflect"))
 
     def stages(self) -> list[tuple[nn.Module, list[nn.Module]]]:
         """The transposed convolution of each stage, and its blocks: one MISR, or an MRF's."""

@@ -76,15 +76,16 @@ class Monitor:
         self._write_metrics()
         # Before adversarial_from, discriminators have no loss.
         shown = [name for name in LONG if name in losses]
+        shown += [name for name in losses if name.startswith("stage_")]
         values = mean_over_processes(torch.stack([losses[name] for name in shown])).tolist()
         means = dict(zip(shown, values, strict=True))
         speed = self._speed("line", state.steps)
         if not self.bar.disable:
-            text = ", ".join(f"{SHORT[name]} {means[name]:.3f}" for name in means)
+            text = ", ".join(f"{SHORT.get(name, name)} {means[name]:.3f}" for name in means)
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(state.steps - self.bar.n)
         else:
-            text = ", ".join(f"{LONG[name]} : {means[name]:.4f}" for name in means)
+            text = ", ".join(f"{LONG.get(name, name)} : {means[name]:.4f}" for name in means)
             say(f"Steps : {state.steps}, {text}, s/b : {1 / speed:.3f}")
 
     def summary(self, state: State, losses: dict[str, torch.Tensor]) -> None:
@@ -94,10 +95,11 @@ class Monitor:
             return
         scalars = dict(zip(losses, means, strict=True)) | {
             "learning_rate": state.optim_g.param_groups[0]["lr"],
-            "gradient_norm_generator": gradient_norm(state.generator),
-            "gradient_norm_discriminators": gradient_norm(state.discriminators),
             "steps_per_second": self._speed("summary", state.steps),
         }
+        for name in ("generator", "discriminators"):
+            if (norm := gradient_norm(getattr(state, name))) is not None:
+                scalars[f"gradient_norm_{name}"] = norm
         for name, value in scalars.items():
             self._log(SummaryWriter.add_scalar, f"training/{name}", value, state.steps)
 
@@ -247,10 +249,10 @@ def _evaluate(wav: np.ndarray, wav_hat: np.ndarray, h: Config) -> dict[str, floa
     return evaluate_pair(torch.from_numpy(wav), torch.from_numpy(wav_hat), h)
 
 
-def gradient_norm(module: nn.Module) -> torch.Tensor:
-    """The 2-norm of the gradients of the last update."""
+def gradient_norm(module: nn.Module) -> torch.Tensor | None:
+    """The 2-norm of the gradients of the last update; None where there were none."""
     grads = [p.grad for p in module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(grads)
+    return torch.nn.utils.get_total_norm(grads) if grads else None
 
 
 def describe(state: State, clips: MelDataset, config: str, folder: Path) -> None:

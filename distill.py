@@ -1,0 +1,238 @@
+"""Teaches a MISR what a trained HiFi-GAN does, stage by stage: no adversary, any speech will do.
+
+    python distill.py --teacher_file hifigan/g_02500000 --config config_v1.json \\
+        --checkpoint_path cp_distilled --precision bf16 --training_steps 20000
+
+The student begins with the teacher's conv_pre, ups and conv_post, which stay, and with the MRF's
+block of its own kernel size as the shared block. Each MISR is then given what the teacher's MRF of
+its stage is given, and learns to give what that gives:
+
+    teacher   mel -> conv_pre -> up -> MRF -> up -> MRF -> ... -> conv_post -> wav
+                                  |     ^      |     ^
+    student                       +-> MISR     +-> MISR      each alone, all in one update
+
+The teacher answers any mel, so mels at other levels cost nothing. `g_*` files hold a running
+average of the student, which validation hears; train.py goes on from them.
+"""
+
+import argparse
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from checkpoint import State, as_ddp
+from env import Config, UserError
+from inference import load_generator
+from inference import prepare as as_speaker
+from launch import add_arguments, launch_or_train
+from loop import Losses, Update
+from meldataset import SILENT_LOG_MEL
+from models import LRELU_SLOPE, Generator, fuse
+from muon import Muon
+from utils import command_line, command_parser, say
+from weights import family_weights, mrf_as_misr, own_weights
+
+# The recipe, found by measurement: docs/distillation.md has what else was tried.
+RATE = 5  # times the config's learning rate, which is an adversarial training's
+WARM_UP = 50  # updates
+MAX_GRADIENT_NORM = 5.0
+AVERAGE = 0.99  # of the weights, from one update to the next
+QUIETEST_GAIN = math.log(0.1)  # of mels, whose levels vary
+QUIET_FRAME = 0.05  # of the mean size of a frame: where relative errors begin to be relative to it
+
+# What both must have in common, for the student's stages to be the teacher's.
+SHARED_KEYS = (
+    *("num_mels", "n_fft", "hop_size", "win_size", "sampling_rate", "fmin", "fmax"),
+    *("upsample_rates", "upsample_kernel_sizes", "upsample_initial_channel"),
+    *("gen_istft_n_fft", "gen_istft_hop_size"),
+)
+
+
+def check_teacher(teacher: Config, student: Config, path: Path) -> None:
+    """Raises UserError, naming the first key, where the stages of the two do not correspond."""
+    theirs, ours = asdict(teacher), asdict(student)
+    for key in SHARED_KEYS:
+        if theirs[key] != ours[key]:
+            raise UserError(
+                f"{path}: its config has {key} = {theirs[key]}, the student's {ours[key]}: "
+                "expected the same mel, rates and widths"
+            )
+
+
+def transplant(student: Generator, teacher: Generator, h: Config) -> None:
+    """Gives the student the teacher's outer layers, which stay, and its block of that kernel."""
+    weights, note = mrf_as_misr(family_weights(teacher), h)
+    own = student.state_dict()
+    fitting = {
+        key: value
+        for key, value in own_weights(weights, student).items()
+        if key in own and own[key].shape == value.shape
+    }
+    student.load_state_dict(own | fitting)
+    for layer in (student.conv_pre, student.ups, student.conv_post):
+        layer.requires_grad_(False)
+    say(f"{len(fitting)} of {len(own)} tensors from the teacher{note}")
+
+
+def distance(y: torch.Tensor, target: torch.Tensor, frame: int) -> torch.Tensor:
+    """How far y is from the target, both [B, C, T], as a share of the target's size: a scalar.
+
+    The mean of two relative L1 distances: over everything, and with each mel frame, which is
+    `frame` samples, weighed alike, so that quiet ones count too.
+    """
+    y, target = y.float(), target.float()
+    error, size = (x.abs().mean(1).unfold(1, frame, frame).mean(-1) for x in (y - target, target))
+    by_frame = (error / (size + QUIET_FRAME * size.mean())).mean()
+    return 0.5 * (y - target).abs().mean() / target.abs().mean() + 0.5 * by_frame
+
+
+class Lesson(nn.Module):
+    """The student's errors in each stage, for a mel [B, num_mels, T]: [stages, 2].
+
+    The first is the error of what its MISR gives; the second what is left of it after the teacher's
+    next layer, where it matters: the next transposed convolution or, after the last, conv_post.
+    """
+
+    def __init__(self, student: Generator, teacher: Generator, h: Config, autocast: torch.autocast):
+        super().__init__()
+        self.student, self.autocast = student, autocast
+        self.teacher = [teacher]  # hidden: it has nothing to learn or to save
+        self.frames = [
+            math.prod(h.upsample_rates[: stage + 1]) for stage in range(len(h.upsample_rates))
+        ]
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        (teacher,) = self.teacher
+        errors, x = [], teacher.first(mel)
+        ups = [*teacher.ups[1:], None]
+        for stage, (up, blocks) in enumerate(teacher.stages()):
+            with torch.no_grad():
+                given = up(nn.functional.leaky_relu(x, LRELU_SLOPE))
+                x = fuse(blocks, given)
+                expected = self.after(x, ups[stage])
+            with self.autocast:
+                y = self.student.resblocks[stage](given)
+            frame, rate = self.frames[stage], (self.frames + self.frames[-1:])[stage + 1]
+            errors += [
+                distance(y, x, frame),
+                distance(self.after(y, ups[stage]), expected, rate),
+            ]
+        return torch.stack(errors).reshape(-1, 2)
+
+    def after(self, x: torch.Tensor, up: nn.Module | None) -> torch.Tensor:
+        """x after the teacher's next layer."""
+        (teacher,) = self.teacher
+        if up is None:
+            return teacher.last(x.to(teacher.conv_post.bias.dtype))
+        return up(nn.functional.leaky_relu(x.to(up.bias.dtype), LRELU_SLOPE))
+
+
+class Distillation:
+    """The update of distill.py, and what it owns beyond train.py's state.
+
+    `state.generator` becomes the average of the student's weights: what is validated and saved as
+    `g_*`. The student itself and its optimizers are in `do_*`.
+    """
+
+    def __init__(self, state: State, teacher: Generator, last_step: int | None):
+        self.last_step, h = last_step, state.h
+        torch.manual_seed(h.seed)
+        student = Generator(h).to(state.device)
+        for generator in (student, state.generator):
+            generator.remove_weight_norm()
+        transplant(student, teacher, h)
+        as_speaker(teacher, state.device, state.precision)
+        state.generator.load_state_dict(student.state_dict())
+        learnt = [p for p in student.parameters() if p.requires_grad]
+        self.learnt, self.student = learnt, student
+        self.muon = Muon([p for p in learnt if p.dim() > 1], RATE * h.learning_rate)
+        self.adamw = torch.optim.AdamW(
+            [p for p in learnt if p.dim() == 1],
+            RATE * h.learning_rate,
+            betas=(h.adam_b1, h.adam_b2),
+            weight_decay=0,
+        )
+        state.more = {"student": student, "muon": self.muon, "adamw": self.adamw}
+        self.lesson = as_ddp(Lesson(student, teacher, h, state.autocast()), state.device)
+
+    def update(self, state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
+        """One step of all MISRs; the teacher alone says what is right, so `wav` is not looked at.
+
+        Args:
+            mel: [B, num_mels, T].
+        """
+        if state.steps == 0:  # after a warm start, which the generator was given
+            self.student.load_state_dict(state.generator.state_dict())
+        rate = self.rate(state)
+        for optimizer in (self.muon, self.adamw, state.optim_g):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        errors = self.lesson(at_other_levels(mel, state))
+        loss = errors.sum()
+        self.student.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.learnt, MAX_GRADIENT_NORM)
+        self.muon.step()
+        self.adamw.step()
+        self.average(state)
+        named = {
+            f"stage_{stage}{name}": error
+            for stage, row in enumerate(errors.detach(), start=1)
+            for name, error in zip(("", "_next"), row, strict=True)
+        }
+        return {"gen_loss_total": loss.detach(), "gradient_norm_student": norm, **named}
+
+    def rate(self, state: State) -> float:
+        """Up in WARM_UP updates and, where --training_steps ends the run, down to 0 by a cosine."""
+        progress = state.steps / self.last_step if self.last_step else 0.0
+        rate = RATE * state.h.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return rate * min(1.0, (state.steps + 1) / WARM_UP)
+
+    @torch.no_grad()
+    def average(self, state: State) -> None:
+        """Moves the generator towards the student, the faster the fewer updates there were."""
+        kept = min(AVERAGE, (state.steps + 1) / (state.steps + 11))
+        pairs = zip(state.generator.parameters(), self.student.parameters(), strict=True)
+        for average, param in pairs:
+            average.lerp_(param, 1 - kept)
+
+
+def at_other_levels(mel: torch.Tensor, state: State) -> torch.Tensor:
+    """Log-mels [B, num_mels, T], half of them quieter by a gain that follows from seed and step."""
+    random = torch.Generator().manual_seed(state.h.seed * 1_000_003 + state.steps)
+    gain, chosen = torch.rand(2, len(mel), 1, 1, generator=random).to(mel.device)
+    gain = torch.where(chosen < 0.5, QUIETEST_GAIN * gain, 0.0)
+    return (mel + gain).clamp(min=SILENT_LOG_MEL)
+
+
+def prepare(a: argparse.Namespace, state: State) -> Update:
+    """Gives `state` a student of --teacher_file; returns the update that teaches it."""
+    teacher, h = load_generator(a.teacher_file, state.device)
+    check_teacher(h, state.h, a.teacher_file)
+    return Distillation(state, teacher.requires_grad_(False), a.training_steps).update
+
+
+def main() -> int:
+    """Distils a generator."""
+    parser = command_parser(
+        "Teaches a MISR what a trained HiFi-GAN does. Run it again to resume; Ctrl-C saves and\n"
+        "stops.",
+        example="python distill.py --teacher_file hifigan/g_02500000 --config config_v1.json \\\n"
+        "    --checkpoint_path cp_distilled --precision bf16 --training_steps 20000",
+    )
+    parser.add_argument(
+        "--teacher_file",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="the generator to learn from, g_*, with its config.json beside it",
+    )
+    add_arguments(parser)
+    return launch_or_train(parser.parse_args(), prepare)
+
+
+if __name__ == "__main__":
+    command_line(main)

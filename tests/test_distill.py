@@ -1,0 +1,228 @@
+"""distill.py: its losses and Muon against plain computations, and the command itself."""
+
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import distill
+import train
+from checkpoint import build_state
+from distill import Distillation, Lesson, at_other_levels, distance
+from env import UserError
+from inference import load_generator, synthesize
+from models import Generator
+from muon import MOMENTUM, RMS, Muon, orthogonalise
+from tools.toy import corpus_arguments, run_main, save_checkpoint, toy_config, write_config
+from weights import family_weights
+
+MRF = "configs/hifigan_v1.json"
+TOY_MISR = {"resblock_kernel_size": 11, "learning_rate": 0.0002}
+
+
+def loud(generator: Generator) -> Generator:
+    """Weights large enough for each stage to say something."""
+    with torch.no_grad():
+        for name, p in generator.named_parameters():
+            if not name.endswith("bias") and "original0" not in name:
+                p.normal_(0, 0.1)
+    return generator
+
+
+def make_lesson(tmp_path, student_h, teacher_h) -> tuple[Lesson, Generator]:
+    student, teacher = loud(Generator(student_h)), loud(Generator(teacher_h)).requires_grad_(False)
+    for generator in (student, teacher):
+        generator.remove_weight_norm()
+    exact = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    return Lesson(student, teacher, student_h, exact), teacher
+
+
+def test_distance_equals_a_plain_computation():
+    y, target = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
+    overall = (y - target).abs().sum() / target.abs().sum()
+    errors, sizes = [], []
+    for b in range(2):
+        for first in range(0, 12, 4):
+            part = (b, slice(None), slice(first, first + 4))
+            errors.append(float((y[part] - target[part]).abs().mean()))
+            sizes.append(float(target[part].abs().mean()))
+    typical = sum(sizes) / len(sizes)
+    by_frame = sum(e / (s + 0.05 * typical) for e, s in zip(errors, sizes, strict=True)) / len(
+        sizes
+    )
+    expected = 0.5 * float(overall) + 0.5 * by_frame
+    assert float(distance(y, target, frame=4)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_stage_errors_equal_those_of_the_two_generators_layer_by_layer(tmp_path):
+    h = toy_config(tmp_path)
+    lesson, teacher = make_lesson(tmp_path, h, toy_config(tmp_path, MRF))
+    mel = torch.randn(2, h.num_mels, 6)
+    errors, x, frame = lesson(mel), teacher.conv_pre(mel), 1
+    for stage in range(4):
+        given = teacher.ups[stage](F.leaky_relu(x, 0.1))
+        blocks = teacher.resblocks[3 * stage : 3 * stage + 3]
+        x = sum(block(given) for block in blocks) / 3
+        y, frame = lesson.student.resblocks[stage](given), frame * h.upsample_rates[stage]
+        if stage < 3:
+            pair = [teacher.ups[stage + 1](F.leaky_relu(z, 0.1)) for z in (y, x)]
+            rate = frame * h.upsample_rates[stage + 1]
+        else:
+            pair = [teacher.conv_post(F.leaky_relu(z, 0.01)) for z in (y, x)]
+            rate = frame
+        expected = torch.stack([distance(y, x, frame), distance(*pair, rate)])
+        torch.testing.assert_close(errors[stage], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_student_that_equals_its_teacher_has_no_error_and_no_other_gradient(tmp_path):
+    h = toy_config(tmp_path)
+    lesson, teacher = make_lesson(tmp_path, h, h)
+    lesson.student.load_state_dict(teacher.state_dict())
+    assert float(lesson(torch.randn(2, h.num_mels, 6)).detach().abs().max()) < 1e-6
+    lesson.student.load_state_dict(loud(lesson.student).state_dict())
+    lesson(torch.randn(2, h.num_mels, 6)).sum().backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad.abs().max() > 0 for p in lesson.student.resblocks.parameters())
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+def test_orthogonalise_is_near_the_polar_factor_of_a_plain_svd(shape):
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = u @ torch.diag(torch.logspace(0, -1.5, min(shape))) @ v
+    inner = u.T @ orthogonalise(matrix) @ v.T  # the identity for the polar factor u @ v
+    assert 0.5 < float(inner.diag().min()) <= float(inner.diag().max()) < 1.3
+    assert float((inner - inner.diag().diag()).abs().max()) < 0.05
+
+
+def test_muon_takes_nesterov_steps_of_one_size():
+    conv = torch.nn.Conv1d(6, 10, 3)
+    optimizer, before = Muon([conv.weight], lr=0.01), conv.weight.detach().clone()
+    gradients, momentum = [torch.randn(10, 6, 3) for _ in range(2)], torch.zeros(10, 6, 3)
+    for gradient in gradients:
+        conv.weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = MOMENTUM * momentum + gradient
+        direction = orthogonalise((gradient + MOMENTUM * momentum).reshape(10, 18))
+        before -= 0.01 * RMS * math.sqrt(18) * direction.reshape(10, 6, 3)
+        torch.testing.assert_close(conv.weight.detach(), before)
+
+
+def distillation(tmp_path, teacher: Generator, **changes) -> tuple[Distillation, object]:
+    h = toy_config(tmp_path, **TOY_MISR, **changes)
+    state = build_state(h, torch.device("cpu"))
+    return Distillation(state, teacher, last_step=None), state
+
+
+def test_the_student_begins_with_the_teacher_s_layers_and_its_block_of_the_same_kernel(
+    tmp_path, capsys
+):
+    teacher = loud(Generator(toy_config(tmp_path, MRF)))
+    teacher.remove_weight_norm()
+    lesson, state = distillation(tmp_path, teacher)
+    for ours in (lesson.student, state.generator):
+        for layer in ("conv_pre", "ups.2", "conv_post"):
+            theirs = teacher.get_submodule(layer).weight
+            torch.testing.assert_close(ours.get_submodule(layer).weight, theirs)
+        shared = ours.resblocks[1].resblock.convs2[0].weight
+        torch.testing.assert_close(shared, teacher.resblocks[5].convs2[0].weight)
+    assert "the shared blocks from its resblocks 2, 5, 8, 11" in capsys.readouterr().out
+
+
+def test_a_misr_is_learnt_from_a_misr(tmp_path):
+    """The student can be the teacher: so in time its errors vanish."""
+    stages = {"upsample_rates": [16, 16], "upsample_kernel_sizes": [32, 32]}
+    h = toy_config(tmp_path, **TOY_MISR, **stages)
+    torch.manual_seed(1)
+    teacher = loud(Generator(h)).requires_grad_(False)
+    teacher.remove_weight_norm()
+    learner, state = distillation(tmp_path, teacher, **stages)
+    with torch.no_grad():  # near the teacher, as after a warm start
+        for p in learner.student.resblocks.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    state.generator.load_state_dict(learner.student.state_dict())
+    learner.last_step = 200
+    first = None
+    for _ in range(200):
+        losses = learner.update(state, torch.randn(2, h.num_mels, 4), None)
+        first = first or float(losses["gen_loss_total"])
+        state.steps += 1
+    assert float(losses["gen_loss_total"]) < 4 * 1e-3 < 0.05 * first
+
+
+def test_levels_follow_from_seed_and_step_and_silence_stays(tmp_path):
+    state = SimpleNamespace(h=toy_config(tmp_path), steps=3)
+    mel = torch.full((64, 80, 2), -5.0)
+    quieter = at_other_levels(mel, state)
+    torch.testing.assert_close(quieter, at_other_levels(mel, state))
+    gains = (quieter - mel)[:, 0, 0]
+    assert 16 < int((gains < 0).sum()) < 48
+    assert -2.31 < float(gains.min()) < -1
+    assert float(at_other_levels(torch.full((64, 80, 2), -11.5), state).min()) > -11.52
+
+
+@pytest.fixture
+def teacher_file(tmp_path):
+    """A toy HiFi-GAN V1, with its config beside it."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    write_config(folder / "config.json", MRF)
+    torch.manual_seed(5)
+    generator = loud(Generator(toy_config(tmp_path, MRF)))
+    save_checkpoint(folder / "g_00000007", {"generator": family_weights(generator)})
+    return folder / "g_00000007"
+
+
+@pytest.fixture
+def command(corpus, tmp_path, teacher_file):
+    config = write_config(tmp_path / "config.json", **TOY_MISR)
+    arguments = ("--teacher_file", teacher_file, "--config", config, *corpus_arguments(corpus))
+
+    def run(folder, steps, *flags, script=distill):
+        kept = arguments if script is distill else arguments[2:]
+        flags = ("--checkpoint_path", folder, "--training_steps", steps, *flags)
+        return run_main(script, *kept, *flags)
+
+    return run
+
+
+def test_a_run_resumes_bit_for_bit_and_train_py_goes_on(command, tmp_path):
+    every = ("--checkpoint_interval", 3, "--validation_interval", 3, "--stdout_interval", 1)
+    assert command(tmp_path / "whole", 6, *every) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for name in ("g_00000006", "do_00000006"):
+        (tmp_path / "parts" / name).unlink()
+    assert command(tmp_path / "parts", 6, *every) == 0
+    for name in ("g_00000006", "do_00000006"):
+        whole, parts = (
+            torch.load(tmp_path / each / name, weights_only=True) for each in ("whole", "parts")
+        )
+        whole.pop("meta", None), parts.pop("meta", None)
+        assert_same(whole, parts)
+    assert command(tmp_path / "parts", 8, script=train) == 0
+    assert (tmp_path / "parts/do_00000008").exists()
+    generator, h = load_generator(tmp_path / "parts/g_00000008")
+    assert len(synthesize(generator, torch.zeros(h.num_mels, 5))) == 5 * h.hop_size
+
+
+def assert_same(a, b) -> None:
+    """Equal, bit for bit, at any depth."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        for each in zip(a, b, strict=True):
+            assert_same(*each)
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_an_unlike_teacher_is_refused_by_name(command, tmp_path, teacher_file):
+    write_config(teacher_file.with_name("config.json"), MRF, fmax=7000)
+    with pytest.raises(UserError, match=r"its config has fmax = 7000.0, the student's 8000.0"):
+        command(tmp_path / "cp", 1)
