@@ -76,6 +76,7 @@ class Config:
     resblock_kernel_sizes: tuple[int, ...] | None = None  # MRF: one for each block
     gen_istft_n_fft: int | None = None  # iSTFT head: bins and
     gen_istft_hop_size: int | None = None  # rate of its inverse STFT, in samples
+    consistency_steps: int | None = None  # a generator at the mel's own rate: steps of its iSTFT
 
     # Discriminators and losses
     discriminator_channel_mult: float = 1.0
@@ -115,6 +116,11 @@ class Config:
     def uses_misr(self) -> bool:
         """True for MISR, False for HiFi-GAN's MRF."""
         return self.resblock_kernel_sizes is None
+
+    @property
+    def uses_frames(self) -> bool:
+        """True for a generator at the mel's own rate, whose iSTFT is the mel's STFT inverted."""
+        return self.consistency_steps is not None
 
     @property
     def uses_istft(self) -> bool:
@@ -276,10 +282,16 @@ def _generator_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
         holds = 0 < hop_size <= n_fft // 2 and hop_size < h.hop_size
         expected = f"1 to half of gen_istft_n_fft, {n_fft // 2}, and less than {h.hop_size}"
         yield holds, "gen_istft_hop_size", expected
-    product = math.prod(rates) * (hop_size or 1)
-    times = ", times gen_istft_hop_size," if h.uses_istft else ""
-    expected = f"rates whose product{times} ({product} here) is hop_size, {h.hop_size}"
-    yield product == h.hop_size, "upsample_rates", expected
+    if h.uses_frames:
+        yield h.consistency_steps >= 0, "consistency_steps", "0 or more"
+        yield not h.uses_istft, "consistency_steps", "no such key beside gen_istft_n_fft"
+        expected = "rates of 1 beside consistency_steps, one for each block"
+        yield max(rates) == 1, "upsample_rates", expected
+    else:
+        product = math.prod(rates) * (hop_size or 1)
+        times = ", times gen_istft_hop_size," if h.uses_istft else ""
+        expected = f"rates whose product{times} ({product} here) is hop_size, {h.hop_size}"
+        yield product == h.hop_size, "upsample_rates", expected
     expected = f"one kernel size for each of the {len(rates)} upsample_rates"
     yield len(kernels) == len(rates), "upsample_kernel_sizes", expected
     gaps = [kernel - rate for kernel, rate in zip(kernels, rates, strict=True)]

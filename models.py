@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from env import Config
 from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, reshape, scale_conv
+from heads import ConsistentSTFT, InverseSTFT
 
 LRELU_SLOPE = 0.1
 POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, its weights need it
@@ -148,44 +149,6 @@ class MISR(nn.Module):
         return self.output_conv(reshape(y, B, N * C, T))
 
 
-class InverseSTFT(nn.Module):
-    """Log magnitudes and phases [B, n_fft + 2, F] -> waveform [B, 1, (F - 1) * hop_size].
-
-    The upper half of the channels becomes angles by a sine, as in the public ports; pi times the
-    sine, which could reach every angle, learnt no faster (one pair of runs of 600 updates). Equals
-    torch.istft (centred, periodic Hann window) in a form that ONNX has: a fixed transposed
-    convolution, divided by the sum of the squared windows that are really there. (On GPUs in TF32,
-    where other convolutions are, too.)
-
-    Source: Kaneko et al., "iSTFTNet", ICASSP 2022.
-    """
-
-    def __init__(self, n_fft: int, hop_size: int):
-        super().__init__()
-        self.n_fft, self.hop_size = n_fft, hop_size
-        # No waveform in [-1, 1] has a magnitude above the window's sum, n_fft / 2. Eight times as
-        # much never bends speech, and keeps early training from overflowing.
-        self.max_log_magnitude = math.log(4 * n_fft)
-        window = torch.hann_window(n_fft, dtype=torch.float64)
-        bins = torch.eye(n_fft // 2 + 1, dtype=torch.complex128)
-        basis = torch.fft.irfft(torch.cat([bins, 1j * bins]), n=n_fft) * window
-        self.register_buffer("basis", basis.unsqueeze(1).float(), persistent=False)
-        self.register_buffer(
-            "squared_window", window.square()[None, None].float(), persistent=False
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        log_magnitude, phase = x.chunk(2, dim=1)
-        magnitude, angle = log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase.sin()
-        spectrum = torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
-        return self._overlap_add(spectrum, self.basis) / self._overlap_add(
-            torch.ones_like(x[:1, :1]), self.squared_window
-        )
-
-    def _overlap_add(self, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        return F.conv_transpose1d(x, frames, stride=self.hop_size, padding=self.n_fft // 2)
-
-
 class Generator(nn.Module):
     """Log-mel [B, num_mels, T] -> waveform [B, 1, T * hop_size], in [-1, 1] but for iSTFT heads.
 
@@ -193,7 +156,7 @@ class Generator(nn.Module):
     all stages lie in one list, `resblocks`, as in HiFi-GAN's files.
 
     Source: HiFi-GAN, section 2.2, with MISR in place of MRF; iSTFTNet, whose last stages are an
-    inverse STFT.
+    inverse STFT; with `consistency_steps` that is all there is after stages at the mel's own rate.
     """
 
     def __init__(self, h: Config):
@@ -203,24 +166,33 @@ class Generator(nn.Module):
         self.conv_pre = _conv1d(h.num_mels, channels, kernel_size=7)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
         for rate, kernel in zip(h.upsample_rates, h.upsample_kernel_sizes, strict=True):
-            padding = (kernel - rate) // 2
-            up = ConvTranspose1d(channels, channels // 2, kernel, rate, padding=padding)
-            self.ups.append(weight_norm(up))
-            channels //= 2
+            if h.uses_frames:  # nothing is upsampled
+                self.ups.append(nn.Identity())
+            else:
+                padding = (kernel - rate) // 2
+                up = ConvTranspose1d(channels, channels // 2, kernel, rate, padding=padding)
+                self.ups.append(weight_norm(up))
+                channels //= 2
             self.resblocks.extend(_stage_blocks(h, channels))
-        if h.uses_istft:
-            self.conv_post = _conv1d(channels, h.gen_istft_n_fft + 2, kernel_size=7)
+        self.istft = None
+        if h.uses_frames:
+            self.istft = ConsistentSTFT(h)
+            self.conv_post = _conv1d(channels, self.istft.in_channels, kernel_size=1)
+        elif h.uses_istft:
             self.istft = InverseSTFT(h.gen_istft_n_fft, h.gen_istft_hop_size)
+            self.conv_post = _conv1d(channels, self.istft.in_channels, kernel_size=7)
         else:
             self.conv_post = _conv1d(channels, 1, kernel_size=7)
-            self.istft = None
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         x = self.first(mel)
         for up, blocks in self.stages():
             x = fuse(blocks, up(F.leaky_relu(x, LRELU_SLOPE)))
         x = self.last(x)
-        return torch.tanh(x) if self.istft is None else self.istft(x)
+        with torch.autocast(x.device.type, enabled=False):  # as in `last`
+            if isinstance(self.istft, ConsistentSTFT):
+                return self.istft(x, mel)
+            return torch.tanh(x) if self.istft is None else self.istft(x)
 
     def first(self, mel: torch.Tensor) -> torch.Tensor:
         """conv_pre, in the layout of all that follows: [B, num_mels, T] -> [B, C, T]."""
@@ -236,7 +208,9 @@ class Generator(nn.Module):
         # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.conv_post.bias.dtype)
-            return self.conv_post(x if self.istft is None else F.pad(x, (1, 0), mode="reflect"))
+            if isinstance(self.istft, InverseSTFT):  # n frames make n - 1 hops
+                x = F.pad(x, (1, 0), mode="reflect")
+            return self.conv_post(x)
 
     def stages(self) -> list[tuple[nn.Module, list[nn.Module]]]:
         """The transposed convolution of each stage, and its blocks: one MISR, or an MRF's."""
@@ -247,7 +221,9 @@ class Generator(nn.Module):
     def receptive_field(self) -> tuple[int, int]:
         """How many frames before, and after, its own frame a sample depends on at most."""
         first, last = 0, self.hop_size - 1  # of the samples of frame 0, traced back to the mel
-        if self.istft is not None:
+        if isinstance(self.istft, ConsistentSTFT):
+            first, last = -self.istft.reach, self.istft.reach
+        elif self.istft is not None:
             n_fft, rate = self.istft.n_fft, self.istft.hop_size
             first, last = _sources(first, last, kernel_size=n_fft, rate=rate, padding=n_fft // 2)
             first, last = first - 1, last - 1  # the reflected frame
@@ -255,8 +231,9 @@ class Generator(nn.Module):
         for up, blocks in reversed(self.stages()):
             radius = max(map(_radius, blocks))
             first, last = first - radius, last + radius
-            (kernel_size,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
-            first, last = _sources(first, last, kernel_size, rate=rate, padding=padding)
+            if isinstance(up, nn.ConvTranspose1d):
+                (kernel_size,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
+                first, last = _sources(first, last, kernel_size, rate=rate, padding=padding)
         return self.conv_pre.padding[0] - first, last + self.conv_pre.padding[0]
 
     def remove_weight_norm(self) -> None:

@@ -1,0 +1,40 @@
+"""Writes a generator in the form for shipping: half precision, without weight norm; half the size.
+
+    python tools/convert.py --checkpoint_file cp_misrnet/g_00500000 --output_dir shipped
+
+The file keeps its name and loads wherever a g_* file does; its config.json goes with it.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
+from checkpoint import write_checkpoint
+from inference import load_generator
+from utils import command_line, command_parser, put, temporary_beside
+
+
+def main() -> None:
+    """Converts one file."""
+    parser = command_parser(
+        "Writes a generator in half precision, without weight norm.",
+        example="python tools/convert.py --checkpoint_file cp_misrnet/g_00500000 "
+        "--output_dir shipped",
+    )
+    parser.add_argument("--checkpoint_file", type=Path, metavar="FILE", required=True, help="g_*")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", required=True, help="for both")
+    a = parser.parse_args()
+    generator, _ = load_generator(a.checkpoint_file)
+    weights = {key: value.half() for key, value in generator.state_dict().items()}
+    path = a.output_dir / a.checkpoint_file.name
+    with temporary_beside(path) as temporary:
+        write_checkpoint(temporary, {"generator": weights}, path)
+        put(temporary, path)
+    shutil.copy(a.checkpoint_file.with_name("config.json"), a.output_dir)
+    sizes = [file.stat().st_size / 1e6 for file in (a.checkpoint_file, path)]
+    print(f"{path}: {sizes[1]:.1f} MB, {sizes[0]:.1f} MB before")
+
+
+if __name__ == "__main__":
+    command_line(main)
