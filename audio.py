@@ -6,13 +6,14 @@ import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import librosa
 import numpy as np
 import soundfile
 import torch
 
-from env import UserError
+from env import UserError, one_line
 from utils import replacing, say
 
 # What libsndfile reads, by extension; the first that exists is taken for an id.
@@ -20,29 +21,28 @@ AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", "
 LOWEST_RATE = 1000  # Hz; below, a file is damaged, and to resample it could fill the memory
 PCM16_MAX = 32767
 MUCH_CLAMPED = 0.01  # of a file's samples
+# How samples are stored that hang on none of those around them, so that a part can be read alone.
+PLAIN_SUBTYPES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 MAX_PEAK = 4.0  # of full scale; a float file above holds 16-bit integers, say
+
+
+class Wav(NamedTuple):
+    """A waveform, read where it is needed."""
+
+    samples: int
+    part: Callable[[int, int], torch.Tensor]  # (first, stop) -> [stop - first]
 
 
 def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torch.Tensor:
     """Any file that soundfile reads, as one float32 channel [N] in [-1, 1] at `sampling_rate` Hz.
 
     Raises:
-        UserError: unreadable or empty file, NaN or infinity, or fewer than `min_samples` samples;
-            the message names the file.
+        UserError: unreadable or empty file, NaN or infinity, samples far beyond full scale, or
+            fewer than `min_samples`; the message names the file.
     """
-    try:
-        # As bytes, for soundfile takes no text with what is no UTF-8.
-        wav, file_rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
-    except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
-        raise UserError(f"{path}: cannot be read as audio ({error})") from None
+    wav, file_rate = _read(path)
     if file_rate < LOWEST_RATE:
         raise UserError(f"{path}: sampled at {file_rate} Hz; expected at least {LOWEST_RATE}")
-    if not np.isfinite(wav).all():
-        raise UserError(f"{path}: holds samples that are NaN or infinite")
-    peak = np.abs(wav).max(initial=0)
-    if peak > MAX_PEAK:
-        raise UserError(f"{path}: a peak of {peak:.4g}; expected about 1: divide it by its scale")
-    wav = np.clip(wav, -1, 1, out=wav).mean(axis=1)
     if len(wav) > 0 and file_rate != sampling_rate:
         wav = librosa.resample(wav, orig_sr=file_rate, target_sr=sampling_rate, res_type="soxr_hq")
     if len(wav) < min_samples:
@@ -50,6 +50,46 @@ def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torc
             f"{path}: {len(wav)} samples at {sampling_rate} Hz; expected at least {min_samples}"
         )
     return torch.from_numpy(wav).clamp_(-1, 1)
+
+
+def open_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> Wav:
+    """What `load_wav` gives, in parts: the same samples, of which only those asked for are read.
+
+    A file that has to be resampled, or is compressed with a loss, is read whole.
+
+    Raises:
+        UserError: as `load_wav`; of a file that is read in parts, for those parts only.
+    """
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            samples, is_plain = file.frames, file.subtype.startswith(PLAIN_SUBTYPES)
+            is_plain &= file.samplerate == sampling_rate and file.seekable()
+    except (OSError, RuntimeError, TypeError):
+        is_plain = False  # load_wav has the words
+    if is_plain and samples >= min_samples:
+        return Wav(samples, lambda first, stop: torch.from_numpy(_read(path, first, stop)[0]))
+    wav = load_wav(path, sampling_rate, min_samples)
+    return Wav(len(wav), lambda first, stop: wav[first:stop])
+
+
+def _read(path: str | Path, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, int]:
+    """Samples `first` to `stop` of a file as float32 [N] in [-1, 1], and its rate in Hz."""
+    try:
+        # As bytes, for soundfile takes no text with what is no UTF-8.
+        wav, file_rate = soundfile.read(
+            os.fsencode(path), start=first, stop=stop, dtype="float32", always_2d=True
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({error})") from None
+    if not np.isfinite(wav).all():
+        raise UserError(f"{path}: holds samples that are NaN or infinite")
+    peak = np.abs(wav).max(initial=0)
+    if peak > MAX_PEAK:
+        raise UserError(
+            f"{path}: a peak of {peak:.6g}; expected about 1: divide its samples by their full "
+            "scale (16-bit ones by 32768)"
+        )
+    return np.clip(wav, -1, 1, out=wav).mean(axis=1), file_rate
 
 
 def audio_seconds(path: str | Path) -> float:
@@ -120,8 +160,10 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
         yield write
     if clamped > MUCH_CLAMPED * samples:
         say(
-            f"{path}: {clamped / samples:.0%} of its samples were beyond full scale and are "
-            "clamped; is the mel by the recipe of the checkpoint's config?"
+            one_line(
+                f"{path}: {clamped / samples:.0%} of its samples were beyond full scale and are "
+                "clamped; is the mel by the recipe of the checkpoint's config?"
+            )
         )
 
 

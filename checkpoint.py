@@ -21,9 +21,8 @@ from typing import BinaryIO
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from distributed import agree_on_error, max_over_processes, rank, world_size
+from distributed import as_ddp, max_over_processes, rank, together, world_size
 from env import Config, UserError, load_config
 from meldataset import LogMelSpectrogram, MelLoss
 from models import Discriminators, Generator
@@ -43,6 +42,9 @@ ROOT = Path(__file__).parent
 NEVER = 2**62
 GENERATOR_KEYS = ("generator",)  # of g_* files
 TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_* files
+
+OPTIONAL = [f for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING]
+DEFAULTS = {each.name: each.default for each in OPTIONAL}  # of the config's optional keys
 
 # What of its config a run may go on without. The rest is the model's and the mel's: g_* files are
 # read with it, and much of it could change without a tensor's shape telling.
@@ -124,19 +126,14 @@ def average_gradients(state: State) -> None:
     """
     if world_size() == 1:
         return
-    if max_over_processes(state.steps) != -max_over_processes(-state.steps):
-        raise UserError("the machines resumed from different steps; give all one --checkpoint_path")
+    with together():
+        if max_over_processes(state.steps) != -max_over_processes(-state.steps):
+            raise UserError(
+                "the machines resumed from different steps; give all one --checkpoint_path"
+            )
     state.ddp_generator, state.ddp_discriminators = (
         as_ddp(module, state.device) for module in (state.generator, state.discriminators)
     )
-
-
-def as_ddp(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module`, averaging its gradients where there are several processes."""
-    if world_size() == 1:
-        return module
-    ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids)
 
 
 def run_meta(config: bytes) -> dict[str, str]:
@@ -158,13 +155,14 @@ def run_meta(config: bytes) -> dict[str, str]:
 
 def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """What differs between two runs' meta: "lr_decay 0.999 -> 0.9997", the commands apart."""
-    told = []
-    for meta in (before, now):
-        config = json.loads(meta.get("config", "{}"))
-        told.append({k: meta.get(k) for k in ("version", "commit", "torch")} | config)
-    keys = dict.fromkeys([*told[0], *told[1]])
-    pairs = ((key, *(each.get(key, "absent") for each in told)) for key in keys)
-    return [f"{key} {old} -> {new}" for key, old, new in pairs if old != new]
+    old, new = (
+        {key: meta.get(key) for key in ("version", "commit", "torch")}
+        | DEFAULTS
+        | json.loads(meta.get("config", "{}"))
+        for meta in (before, now)
+    )
+    pairs = ((key, old.get(key, "absent"), new.get(key, "absent")) for key in {**old, **new})
+    return [f"{key} {a} -> {b}" for key, a, b in pairs if a != b]
 
 
 # ---------------------------------------------------------------------------------------- the lock
@@ -226,14 +224,10 @@ def save(state: State, folder: Path, keep: int) -> None:
             f"a weight is not finite at step {state.steps}; {_last_good(folder, state.steps)}"
         )
     state.saved_steps = state.steps
-    error = None
-    if rank() == 0:
-        try:
+    with together():
+        if rank() == 0:
             _write_pair(state, folder)
             _prune(folder, state.steps, keep)
-        except UserError as unwritable:
-            error = unwritable
-    agree_on_error(error)
 
 
 def _write_pair(state: State, folder: Path) -> None:

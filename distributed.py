@@ -1,12 +1,16 @@
 """The device and the processes of a run: one process and many go the same way."""
 
+import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from env import UsageError, UserError
 
@@ -88,6 +92,14 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def as_ddp(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module`, averaging its gradients where there are several processes."""
+    if world_size() == 1:
+        return module
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids)
+
+
 def sum_over_processes(value: torch.Tensor) -> torch.Tensor:
     """The sum of `value` over all processes, given to each; `value` itself in a run of one."""
     if world_size() > 1:
@@ -111,6 +123,22 @@ def max_over_processes(value: int) -> int:
 
 
 def agree_on_error(error: UserError | None) -> None:
-    """Raises UserError in every process where any has an `error`: its own, or one without words."""
-    if max_over_processes(error is not None):
-        raise error or UserError()
+    """Raises UserError in every process where any has an `error`.
+
+    The first of those that have one raises it, the others one without words: it is said once.
+    """
+    has_words = error is not None and str(error)
+    speaker = -max_over_processes(-rank() if has_words else -world_size())
+    if speaker < world_size():
+        raise error if speaker == rank() else UserError()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raises UserError in every process where it is raised inside in any, as `agree_on_error`."""
+    error = None
+    try:
+        yield
+    except UserError as own:
+        error = own
+    agree_on_error(error)

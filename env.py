@@ -257,6 +257,11 @@ def _checks(h: Config) -> Iterator[tuple[bool, str, str]]:
     for key in ("fmax", "fmax_for_loss"):
         fmax = getattr(h, key)
         yield fmax is None or h.fmin < fmax <= nyquist, key, expected
+    yield h.num_mels <= h.n_fft, "num_mels", f"at most n_fft, {h.n_fft}"
+    for fmax in (h.fmax, h.fmax_for_loss):
+        empty = _empty_bands(h, h.num_mels, h.n_fft, fmax)
+        expected = f"fewer, or n_fft above {h.n_fft}, where {empty} bands hold no bin of the STFT"
+        yield empty == 0, "num_mels", expected
     n_ffts, bands = h.n_ffts_for_loss or (), h.num_mels_for_loss or ()
     expected = "null or a list of one or more multiples of 8, at least 64 each"
     yield all(n >= 64 and n % 8 == 0 for n in n_ffts), "n_ffts_for_loss", expected
@@ -266,7 +271,28 @@ def _checks(h: Config) -> Iterator[tuple[bool, str, str]]:
     expected = "positive numbers, each at most a quarter of its n_fft"
     fits = all(0 < m <= n // 4 for m, n in zip(bands, n_ffts, strict=True))
     yield fits, "num_mels_for_loss", expected
+    for num_mels, n_fft in zip(bands, n_ffts, strict=True):
+        empty = _empty_bands(h, num_mels, n_fft, h.fmax_for_loss)
+        expected = f"fewer than {num_mels} for n_fft {n_fft}, where {empty} bands hold no bin"
+        yield empty == 0, "num_mels_for_loss", expected
     yield from _generator_checks(h)
+
+
+def _empty_bands(h: Config, num_mels: int, n_fft: int, fmax: float | None) -> int:
+    """How many of a mel's bands lie between two bins of the STFT, and would always be silent."""
+    low, high = _mel_of_hz(h.fmin), _mel_of_hz(h.sampling_rate / 2 if fmax is None else fmax)
+    step = (high - low) / (num_mels + 1)
+    edges = [_hz_of_mel(low + step * i) * n_fft / h.sampling_rate for i in range(num_mels + 2)]
+    return sum(math.floor(a) + 1 >= b for a, b in zip(edges, edges[2:], strict=False))
+
+
+def _mel_of_hz(hz: float) -> float:
+    """Slaney's mel scale: linear up to 1 kHz, then logarithmic."""
+    return hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
+
+
+def _hz_of_mel(mel: float) -> float:
+    return mel * 200 / 3 if mel < 15 else 1000 * math.exp((mel - 15) * math.log(6.4) / 27)
 
 
 def _generator_checks(h: Config) -> Iterator[tuple[bool, str, str]]:

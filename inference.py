@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -70,8 +71,9 @@ def load_generator(
         raise UserError(
             f"{checkpoint_file}: no config.json beside it; copy that of its training run there"
         )
-    h = load_config(config, say)
-    if is_y_chans(weights) and h.misr_merge != "conv":
+    is_theirs = is_y_chans(weights)
+    h = load_config(config, None if is_theirs else say)
+    if is_theirs and h.misr_merge != "conv":
         say(f'{checkpoint_file}: of y-chan\'s port, so misr_merge is "conv"')
         h = replace(h, misr_merge="conv")
     with _one_thread():  # a process that has run work in parallel cannot fork
@@ -129,15 +131,25 @@ class Streamer:
             TypeError: no tensor or array.
             ValueError: a mel of another shape or not finite.
         """
-        mel = as_mel(mel, self.generator).to(self.mel)
-        self.mel = torch.cat([self.mel, mel], dim=1)
+        self._hear(mel)
         return self._speak(self.mel.shape[1] - self.after)
 
-    def flush(self) -> torch.Tensor:
-        """Gives the samples [N] of the frames that are left: the mel has ended."""
+    def flush(self, mel: torch.Tensor | None = None) -> torch.Tensor:
+        """Gives the samples [N] of the frames that are left: the mel has ended.
+
+        The last frames may be given here: with them at once, nothing is computed twice.
+
+        Raises:
+            TypeError, ValueError: as `feed`.
+        """
+        if mel is not None:
+            self._hear(mel)
         wav = self._speak(self.mel.shape[1])
         self._begin()
         return wav
+
+    def _hear(self, mel: torch.Tensor) -> None:
+        self.mel = torch.cat([self.mel, as_mel(mel, self.generator).to(self.mel)], dim=1)
 
     @torch.inference_mode()
     def _speak(self, stop: int) -> torch.Tensor:
@@ -160,17 +172,20 @@ def as_mel(mel: torch.Tensor, generator: Generator) -> torch.Tensor:
         ValueError: another shape, or NaN or infinity.
     """
     num_mels = generator.conv_pre.in_channels
+    if isinstance(mel, np.ndarray):
+        mel = mel.copy()  # torch takes no reversed array, and warns of one that is read-only
     try:
-        mel = torch.as_tensor(mel)
+        mel = torch.as_tensor(mel).detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"a mel of type {type(mel).__name__}: expected a tensor") from None
     if mel.is_complex() or mel.dtype == torch.bool:
         raise TypeError(f"a mel of {mel.dtype}: expected real numbers")
     if mel.dim() != 2 or mel.shape[0] != num_mels:
         raise ValueError(f"mel of shape {list(mel.shape)}: expected [{num_mels}, T]")
+    mel = mel.float()  # in which 1e39 is infinite
     if not mel.isfinite().all():
         raise ValueError("mel holds NaN or infinity")
-    return mel.float()
+    return mel
 
 
 def synthesize(generator: Generator, mel: torch.Tensor, chunk_frames: int = 0) -> torch.Tensor:
@@ -207,9 +222,8 @@ def stream(generator: Generator, mel: torch.Tensor, chunk_frames: int) -> Iterat
 def _stream(generator: Generator, mel: Mel, chunk_frames: int) -> Iterator[torch.Tensor]:
     streamer, step = Streamer(generator), chunk_frames or mel.frames
     for first in range(0, mel.frames, step):
-        piece = streamer.feed(mel.part(first, first + step))
-        if first + step >= mel.frames:
-            piece = torch.cat([piece, streamer.flush()])
+        is_last = first + step >= mel.frames
+        piece = (streamer.flush if is_last else streamer.feed)(mel.part(first, first + step))
         if len(piece):
             yield piece
 

@@ -1,11 +1,12 @@
 """From the command line of train.py or distill.py to its run: processes, data, state.
 
 launch_or_train(arguments, prepare)    # under torchrun, a process for each GPU
-  -> train                             # resumes or begins
+  -> train                             # reads the data, resumes or begins
     -> loop.run
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -33,9 +34,10 @@ from distributed import (
     rank,
     select_device,
     speed_up_cpu,
+    together,
     world_size,
 )
-from env import UsageError, UserError, load_config
+from env import Config, UsageError, UserError, load_config
 from loop import SHOWN_CLIPS, Update, own_share, run
 from meldataset import MelDataset
 from monitor import describe
@@ -160,18 +162,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def launch(processes: int) -> int:
-    """Runs this command under torchrun, as `processes` processes; returns the exit status."""
+    """Runs this command under torchrun, as `processes` processes; returns the exit status.
+
+    Raises:
+        UserError: a process was killed.
+    """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds, to save in
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the run says it
-    options = ["--standalone", f"--nproc_per_node={processes}"]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup, which torchrun would undo
-        options.append("--signals_to_handle=SIGTERM,SIGINT,SIGQUIT")
+    logging.disable(logging.CRITICAL)  # of torchrun: the run says what there is to say
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        # nohup, which torchrun undoes by a handler of its own. A blocked signal reaches no handler,
+        # here and in the processes, which inherit this.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
-        torch.distributed.run.main([*options, *sys.argv])
+        torch.distributed.run.main(["--standalone", f"--nproc_per_node={processes}", *sys.argv])
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+        number, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        raise UserError(
+            f"process {number} was ended by {signal.Signals(-failure.exitcode).name} (too little "
+            "memory, perhaps); run the command again to go on from the last checkpoint"
+        ) from None
     return 0
 
 
@@ -182,19 +195,36 @@ def launch_or_train(
 
     `prepare` is given a fresh state, to which it may add, and gives the update.
     """
-    h, config = load_config(a.config, say), Path(a.config).read_bytes()
     device = select_device(a.device)
     gpus = torch.cuda.device_count() if a.device in ("auto", "cuda") else 0
     processes = gpus if gpus > 1 and "RANK" not in os.environ else world_size()
+    launches = processes > world_size()
+    h, config = load_config(a.config, None if launches else say), Path(a.config).read_bytes()
     if h.batch_size % processes:
         raise UsageError(
             f"{a.config}: batch_size = {h.batch_size}: expected a multiple of {processes}, the "
             "number of processes"
         )
-    if processes > world_size():
+    if launches:
         return launch(processes)
     if device.type == "cpu":
         speed_up_cpu()
+    init_processes(device)
+    try:
+        status = train(a, h, device, prepare, config)
+    except UserError:
+        leave_processes()  # which agree on every error
+        raise
+    leave_processes()
+    return status
+
+
+def read_data(a: argparse.Namespace, h: Config) -> tuple[MelDataset, MelDataset]:
+    """The training and the validation clips.
+
+    Raises:
+        UserError: too few, or one that is unusable.
+    """
     mels_dir = a.input_mels_dir if a.fine_tuning else None
     clips, validation = (
         MelDataset(h, file_list, a.input_wavs_dir, mels_dir)
@@ -207,26 +237,39 @@ def launch_or_train(
         )
     for index in own_share(validation):  # an unusable clip shall end the run now, not hours later
         validation.whole(index)
-    with locked(a.checkpoint_path):
-        init_processes(device)
-        state = build_state(h, device, a.precision)
-        status = train(a, state, prepare(a, state), config, clips, validation)
-    leave_processes()
-    return status
+    return clips, validation
 
 
 def train(
     a: argparse.Namespace,
-    state: State,
-    update: Update,
+    h: Config,
+    device: torch.device,
+    prepare: Callable[[argparse.Namespace, State], Update],
     config: bytes,
-    clips: MelDataset,
-    validation: MelDataset,
 ) -> int:
-    """Resumes or begins, and runs.
+    """Reads the data, resumes or begins, and runs; returns the exit status.
 
     `config` is the text of the config as it was when the run began.
     """
+    with together():
+        clips, validation = read_data(a, h)
+    folder = Path(a.checkpoint_path)
+    with contextlib.ExitStack() as until_the_end:
+        with together():
+            until_the_end.enter_context(locked(folder))
+        state = build_state(h, device, a.precision)
+        with together():
+            update = prepare(a, state)
+        with together():
+            begin(a, state, config)
+        average_gradients(state)
+        with together():
+            describe(state, clips, a.config, folder)
+        return run(a, state, clips, validation, update)
+
+
+def begin(a: argparse.Namespace, state: State, config: bytes) -> None:
+    """Resumes or begins with `state`, and writes the config beside the checkpoints."""
     torch.backends.cudnn.benchmark = True  # all segments have one size
     torch.backends.cudnn.allow_tf32 = True  # fp32 convolutions on GPUs; other products are exact
     folder = Path(a.checkpoint_path)
@@ -242,6 +285,3 @@ def train(
     if a.compile:
         state.generator.compile()
         state.discriminators.compile()
-    average_gradients(state)
-    describe(state, clips, a.config, folder)
-    return run(a, state, clips, validation, update)

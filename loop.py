@@ -7,6 +7,7 @@ until the last step, a signal or an error, in every process of the run at the sa
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -20,10 +21,10 @@ from torch.nn.utils import parametrize
 from checkpoint import NEVER, State, check_losses, save
 from distributed import (
     agree_on_error,
-    leave_processes,
     max_over_processes,
     rank,
     sum_over_processes,
+    together,
     world_size,
 )
 from env import UserError
@@ -32,7 +33,15 @@ from monitor import Monitor
 from utils import is_out_of_memory, say
 
 SHOWN_CLIPS = 5  # of the validation clips go to TensorBoard, as in HiFi-GAN
-LONGEST_TEMPORARY_FOLDER = 60  # characters: a socket's path has 108, of which workers need 40
+LONGEST_TEMPORARY_FOLDER = 60  # bytes: a socket's path has 107, of which workers need 45
+
+LOOK_UP = 0.5  # seconds that the wait for workers lasts before it looks for signals
+# In the words of PyTorch's errors: a worker that was killed, and one without shared memory.
+WORKER_TROUBLE = ("DataLoader worker (pid", "shared memory", "</torch_")
+WORKERS_NEED = (
+    "too little memory, or /dev/shm too small or not writable; with num_workers = 0 in the config "
+    "there are no workers"
+)
 
 Losses = dict[str, torch.Tensor]  # scalars by name, on the device
 Update = Callable[[State, torch.Tensor, torch.Tensor], Losses]  # of (state, mel, wav)
@@ -40,7 +49,7 @@ Update = Callable[[State, torch.Tensor, torch.Tensor], Losses]  # of (state, mel
 # --------------------------------------------------------------------------------------- the loop
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal asks the run to save and to end with `status`."""
 
     def __init__(self, status: int):
@@ -70,7 +79,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def heard_at_once(self) -> Iterator[None]:
-        """Raises Stopped inside at a signal, for what may wait for long and may be cut short."""
+        """Raises Stopped inside at a signal, for what may take long and may be cut anywhere."""
         self.is_heard_at_once = True
         try:
             if self.status:
@@ -79,31 +88,88 @@ class StopRequest:
         finally:
             self.is_heard_at_once = False
 
+    def agree(self) -> None:
+        """Raises Stopped in every process where any has heard a signal."""
+        if status := max_over_processes(self.status):
+            raise Stopped(status)
 
-def make_batches(clips: MelDataset, state: State) -> Iterator[list[torch.Tensor]]:
-    """Endless (mel, wav) for this process, from where `state` stands."""
-    keys = EndlessBatches(
-        len(clips),
-        state.h,
-        epoch=state.epoch,
-        epoch_step=state.epoch_step,
-        rank=rank(),
-        world_size=world_size(),
+
+class Batches:
+    """Endless (mel, wav) for this process, from where `state` stands.
+
+    Raises:
+        UserError: workers cannot be started.
+    """
+
+    def __init__(self, clips: MelDataset, state: State):
+        keys = EndlessBatches(
+            len(clips),
+            state.h,
+            epoch=state.epoch,
+            epoch_step=state.epoch_step,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        self.has_workers = state.h.num_workers > 0
+        loader = torch.utils.data.DataLoader(
+            clips,
+            batch_sampler=keys,
+            num_workers=state.h.num_workers,
+            timeout=LOOK_UP if self.has_workers else 0,
+            worker_init_fn=_leave_signals_to_parent,
+            pin_memory=state.device.type == "cuda",
+        )
+        if self.has_workers:
+            make_room_for_workers()
+        self.iterator = iter(loader)
+        # PyTorch would raise an error for a worker that dies at any moment, amid an update too.
+        # Without that, it is raised where the worker's batch is awaited.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def wait(self, request: StopRequest) -> list[torch.Tensor] | None:
+        """The next; None at a signal, and where workers have none after LOOK_UP seconds."""
+        try:
+            if self.has_workers:  # a message between processes must not be cut
+                return next(self.iterator)
+            with request.heard_at_once():
+                return next(self.iterator)
+        except Stopped:
+            return None
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+            return None
+
+
+def make_room_for_workers() -> None:
+    """Sees that workers find what they need: locks, and a folder for sockets.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        multiprocessing.Lock()
+    except OSError as error:  # without /dev/shm
+        reason = error.strerror or error
+        raise UserError(f"data workers cannot be started ({reason}): {WORKERS_NEED}") from None
+    tempfile.tempdir = find_temporary_folder()
+
+
+def find_temporary_folder() -> str:
+    """TMPDIR, or, where its path leaves no room for a worker's socket, a short folder.
+
+    Raises:
+        UserError: none can be written.
+    """
+    usual = tempfile.gettempdir()
+    for folder in (usual, "/tmp", "/var/tmp", "/dev/shm"):
+        is_short = len(os.fsencode(folder)) <= LONGEST_TEMPORARY_FOLDER
+        if is_short and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise UserError(
+        f"{usual}: too long a path for the sockets of data workers; set TMPDIR to a folder of at "
+        f"most {LONGEST_TEMPORARY_FOLDER} bytes, or num_workers = 0 in the config"
     )
-    if len(tempfile.gettempdir()) > LONGEST_TEMPORARY_FOLDER:  # the workers' sockets lie there
-        tempfile.tempdir = "/tmp"
-    loader = torch.utils.data.DataLoader(
-        clips,
-        batch_sampler=keys,
-        num_workers=state.h.num_workers,
-        worker_init_fn=_leave_signals_to_parent,
-        pin_memory=state.device.type == "cuda",
-    )
-    batches = iter(loader)
-    # PyTorch would raise an error for a worker that dies at any moment, amid an update too. Without
-    # that, it is raised where the worker's batch is awaited.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return batches
 
 
 def _leave_signals_to_parent(_worker: int) -> None:
@@ -114,9 +180,7 @@ def _leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends it
 
 
-def next_batch(
-    batches: Iterator[list[torch.Tensor]], request: StopRequest, monitor: Monitor
-) -> list[torch.Tensor]:
+def next_batch(batches: Batches, request: StopRequest, monitor: Monitor) -> list[torch.Tensor]:
     """(mel, wav), or, in every process at once, what ends the run.
 
     Raises:
@@ -124,26 +188,28 @@ def next_batch(
         UserError: an unusable clip, a worker that was killed, or logs that cannot be written.
     """
     batch, error = None, monitor.error
-    try:
-        with request.heard_at_once():
-            batch = next(batches)
-    except Stopped:
-        pass
-    except UserError as unusable:  # of a worker, after the worker's traceback
-        error = UserError(str(unusable.args[0]).rsplit("env.UserError: ", 1)[-1])
-    except (RuntimeError, OSError) as killed:
-        if not any(
-            word in str(killed) for word in ("DataLoader worker", "shared memory", "torch_")
-        ):
-            raise
-        error = UserError(
-            "a data worker was killed or had no room: too little memory, or /dev/shm too small; "
-            "with num_workers = 0 in the config there are no workers"
-        )
+    while batch is None and error is None and not request.status:
+        try:
+            batch = batches.wait(request)
+        except UserError as unusable:  # of a worker, after the worker's traceback
+            error = UserError(str(unusable.args[0]).rsplit("env.UserError: ", 1)[-1])
+        except (RuntimeError, OSError, EOFError, MemoryError) as trouble:
+            if not is_want_of_room(trouble):
+                raise
+            error = UserError(f"a data worker was killed or had no room: {WORKERS_NEED}")
     agree_on_error(error)
-    if status := max_over_processes(request.status):
-        raise Stopped(status)
+    request.agree()
     return batch
+
+
+def is_want_of_room(trouble: BaseException) -> bool:
+    """True where memory, shared or not, ran out, and where a worker was killed, as for want of it.
+
+    One that dies while its batch is fetched breaks the connection.
+    """
+    is_broken = isinstance(trouble, ConnectionError | EOFError)
+    is_named = any(words in str(trouble) for words in WORKER_TROUBLE)
+    return is_broken or is_named or is_out_of_memory(trouble)
 
 
 def find_last_step(a: argparse.Namespace, state: State, steps_per_epoch: int) -> int:
@@ -166,7 +232,9 @@ def run(
         done = f"{state.steps} steps and {state.epoch} epochs are done"
         say(f"nothing to do: {done}; raise --training_steps or --training_epochs")
         return 0
-    request, batches = StopRequest(), make_batches(clips, state)
+    request = StopRequest()
+    with together():
+        batches = Batches(clips, state)
     with contextlib.closing(Monitor(state, folder, last_step, a.eval_metrics)) as monitor:
         try:
             while state.steps < last_step:
@@ -178,21 +246,39 @@ def run(
                     monitor.flush()
                     save(state, folder, keep=a.keep_checkpoints)
                 if state.steps % a.validation_interval == 0 and len(validation):
-                    monitor.validation(state, validate(state, validation, monitor))
+                    error = validate(state, validation, monitor, request)
+                    monitor.validation(state, error)
         except (UserError, Stopped) as ending:
             reason = ending
-        if state.steps > state.saved_steps:
-            save(state, folder, keep=a.keep_checkpoints)
+        reason = save_rest(a, state, reason)
         if reason is None:
             monitor.finish()
+    return end(state, folder, reason)
+
+
+def save_rest(
+    a: argparse.Namespace, state: State, reason: UserError | Stopped | None
+) -> UserError | Stopped | None:
+    """Saves what is not saved yet; returns `reason`, for which the run ends, or why it cannot."""
+    if state.steps > state.saved_steps:
+        try:
+            save(state, Path(a.checkpoint_path), keep=a.keep_checkpoints)
+        except UserError as unwritable:
+            return unwritable
+    return reason
+
+
+def end(state: State, folder: Path, reason: UserError | Stopped | None) -> int:
+    """Says or raises `reason`, in every process at once; returns the exit status."""
+    if reason is None:
+        return 0
+    for worker in multiprocessing.active_children():  # which may sleep, or wait for a slow disk
+        worker.terminate()
     if isinstance(reason, Stopped):
         name = signal.Signals(reason.status - 128).name
         say(f"stopped by {name} after step {state.steps}, saved in {folder}")
         return reason.status
-    if reason:
-        leave_processes()  # all are here, whichever has the error
-        raise reason
-    return 0
+    agree_on_error(reason)
 
 
 def report(a: argparse.Namespace, state: State, losses: Losses, monitor: Monitor) -> None:
@@ -224,29 +310,29 @@ def own_share(clips: MelDataset) -> list[int]:
 
 
 @torch.no_grad()
-def validate(state: State, clips: MelDataset, monitor: Monitor) -> float:
+def validate(state: State, clips: MelDataset, monitor: Monitor, request: StopRequest) -> float:
     """The mean mel error of whole clips, which the processes share out.
 
     Raises:
+        Stopped: a signal, in any process.
         UserError: in every process, where a clip is unusable.
     """
     state.generator.eval()
-    error_sum, error = torch.zeros((), device=state.device), None
+    error_sum = torch.zeros((), device=state.device)
     # cuDNN would try its algorithms anew for the length of each clip.
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        with parametrize.cached():
-            for index in own_share(clips):
-                wav, wav_hat = vocode_whole(state, clips, index)
-                mel, mel_hat = state.mel_for_loss(wav)[0], state.mel_for_loss(wav_hat)[0]
-                error_sum += F.l1_loss(mel_hat, mel)
-                if index < SHOWN_CLIPS:
-                    monitor.clip(state.steps, index, real=(wav, mel), generated=(wav_hat, mel_hat))
-    except UserError as unusable:
-        error = unusable
-    agree_on_error(error)
+    with together(), parametrize.cached():
+        for index in own_share(clips):
+            if request.status:
+                break
+            wav, wav_hat = vocode_whole(state, clips, index)
+            mel, mel_hat = state.mel_for_loss(wav)[0], state.mel_for_loss(wav_hat)[0]
+            error_sum += F.l1_loss(mel_hat, mel)
+            if index < SHOWN_CLIPS:
+                monitor.clip(state.steps, index, real=(wav, mel), generated=(wav_hat, mel_hat))
     torch.backends.cudnn.benchmark = benchmark
     state.generator.train()
+    request.agree()
     return float(sum_over_processes(error_sum)) / len(clips)
 
 
@@ -263,7 +349,7 @@ def vocode_whole(state: State, clips: MelDataset, index: int) -> tuple[torch.Ten
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        clip, seconds = clips.wavs_dir / clips.clips[index], wav.shape[1] / state.h.sampling_rate
+        clip, seconds = clips.path(index), wav.shape[1] / state.h.sampling_rate
         raise UserError(
             f"{clip}: {seconds:.0f} s, out of memory in validation; cut it or take it off the list"
         ) from None

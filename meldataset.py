@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audio import AUDIO_EXTENSIONS, load_mel, load_wav, write_npy
+from audio import AUDIO_EXTENSIONS, Wav, load_mel, load_wav, open_wav, write_npy
 from env import Config, UserError, load_config
-from utils import Tally, command_line, command_parser, plan_outputs
+from utils import Tally, command_line, command_parser, find_file, plan_outputs
 
 MAX_AMPLITUDE = 0.95  # of each training clip's peak, as in HiFi-GAN
 MIN_POWER = 1e-9  # keeps the gradient of the square root finite
@@ -127,35 +127,27 @@ def mel_of_stretch(
 def read_clips(file_list: str | Path, wavs_dir: str | Path) -> np.ndarray:
     """The audio files, relative to `wavs_dir`, of a list in HiFi-GAN's format: `id|anything`.
 
-    An id may contain folders; its extension is found. The names lie in one compact array: worker
-    processes share it, and a list of a million ids takes tens of megabytes.
+    An id may contain folders; its extension is found. The names are bytes, as the system has them,
+    in one array: worker processes share it, and a million ids of LJSpeech take 14 MB.
 
     Raises:
         UserError: unreadable list, or an id without an audio file.
     """
+    names = []
     try:
         with open(file_list, encoding="utf-8-sig") as lines:  # Windows writes a byte order mark
-            ids = (line.split("|", 1)[0].strip() for line in lines)
-            names = [_find_clip(clip_id, wavs_dir) for clip_id in ids if clip_id]
+            for line in lines:
+                if clip_id := line.split("|", 1)[0].strip():
+                    name = find_file(wavs_dir, clip_id, AUDIO_EXTENSIONS)
+                    if name is None:
+                        raise UserError(
+                            f"{file_list}: no audio file for the id {clip_id!r} in {wavs_dir}; is "
+                            f"--input_wavs_dir right? Looked for {', '.join(AUDIO_EXTENSIONS)}"
+                        )
+                    names.append(os.fsencode(name))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file_list}: cannot be read ({error})") from None
-    except LookupError as error:
-        raise UserError(
-            f"{file_list}: no audio file for the id {error.args[0]!r} in {wavs_dir}; is "
-            f"--input_wavs_dir right? Looked for {', '.join(AUDIO_EXTENSIONS)}"
-        ) from None
-    return np.array(names, dtype=np.dtypes.StringDType())
-
-
-def _find_clip(clip_id: str, wavs_dir: str | Path) -> str:
-    """`clip_id` with the extension that exists; raises LookupError where none does."""
-    for extension in (*AUDIO_EXTENSIONS, *map(str.upper, AUDIO_EXTENSIONS)):
-        if os.path.isfile(os.path.join(wavs_dir, clip_id + extension)):
-            return clip_id + extension
-    is_named_in_full = clip_id.lower().endswith(AUDIO_EXTENSIONS)
-    if is_named_in_full and os.path.isfile(os.path.join(wavs_dir, clip_id)):
-        return clip_id
-    raise LookupError(clip_id)
+    return np.array(names, dtype=bytes)
 
 
 class MelDataset(torch.utils.data.Dataset):
@@ -180,6 +172,10 @@ class MelDataset(torch.utils.data.Dataset):
         self.mels_dir = None if mels_dir is None else Path(mels_dir)
         self.clips = read_clips(file_list, wavs_dir)
         self.log_mel = LogMelSpectrogram(h, h.fmax)
+        # Of each clip that this process has read whole and found good: from then on a part will do.
+        self.known = np.zeros(len(self.clips), dtype=[("samples", "i8"), ("peak", "f4")])
+        if self.mels_dir is not None:
+            self._check_ids(file_list)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -188,16 +184,18 @@ class MelDataset(torch.utils.data.Dataset):
         epoch, index = key
         random = np.random.default_rng((self.h.seed, epoch, index))
         hop_size, size = self.h.hop_size, self.h.segment_size
+        wav = self._open_wav(index)
         if self.mels_dir is None:
-            wav = self._load_wav(index)
-            start = random.integers(max(0, wav.shape[1] - size) + 1)
-            wav = _cut(wav, start, size, padding=0.0)
-            return self.log_mel(wav)[0], wav
-        mel, wav = self.whole(index)
+            start = random.integers(max(0, wav.samples - size) + 1)
+            segment = _padded(wav.part(start, min(start + size, wav.samples)), size, 0.0)
+            return self.log_mel(segment[None])[0], segment[None]
+        mel = self._load_mel(index, frames=wav.samples // hop_size)
         frames = size // hop_size
-        start = random.integers(max(0, mel.shape[1] - frames) + 1)
-        mel = _cut(mel, start, frames, padding=SILENT_LOG_MEL)
-        return mel, _cut(wav, start * hop_size, size, padding=0.0)
+        last = min(mel.shape[1], wav.samples // hop_size)
+        start = random.integers(max(0, last - frames) + 1)
+        stop = min(start + frames, last)
+        segment = _padded(wav.part(start * hop_size, stop * hop_size), size, 0.0)
+        return _padded(mel[:, start:stop], frames, SILENT_LOG_MEL), segment[None]
 
     def whole(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All of clip `index`: (mel [num_mels, T], wav [1, T * hop_size]).
@@ -205,38 +203,66 @@ class MelDataset(torch.utils.data.Dataset):
         Raises:
             UserError: the clip or its mel cannot be used, or their lengths do not belong together.
         """
-        wav = self._load_wav(index)
+        wav = self._open_wav(index)
+        wav = wav.part(0, wav.samples)
         if self.mels_dir is None:
-            mel = self.log_mel(wav)[0]
+            mel = self.log_mel(wav[None])[0]
         else:
-            mel = self._load_mel(index, frames=wav.shape[1] // self.h.hop_size)
-        frames = min(mel.shape[1], wav.shape[1] // self.h.hop_size)
-        return mel[:, :frames], wav[:, : frames * self.h.hop_size]
+            mel = self._load_mel(index, frames=len(wav) // self.h.hop_size)
+        frames = min(mel.shape[1], len(wav) // self.h.hop_size)
+        return mel[:, :frames], wav[None, : frames * self.h.hop_size]
 
-    def _load_wav(self, index: int) -> torch.Tensor:
-        path = self.wavs_dir / self.clips[index]
-        wav = load_wav(path, self.h.sampling_rate, min_samples=self.h.hop_size)
-        peak = wav.abs().max()
+    def path(self, index: int) -> Path:
+        """The audio file of clip `index`."""
+        return self.wavs_dir / os.fsdecode(self.clips[index])
+
+    def _open_wav(self, index: int) -> Wav:
+        """Clip `index` at the level at which it is learnt; read whole the first time."""
+        recipe = self.path(index), self.h.sampling_rate, self.h.hop_size
+        samples, peak = self.known[index]
+        wav = open_wav(*recipe) if samples else None
+        if wav is None or wav.samples != samples:
+            whole = load_wav(*recipe)
+            peak = whole.abs().max().numpy()
+            self.known[index] = len(whole), peak
+            wav = Wav(len(whole), lambda first, stop: whole[first:stop])
         # An acoustic model's mels were taken at the clip's own level.
-        if self.mels_dir is None and peak > torch.finfo(peak.dtype).tiny:
-            wav = wav * (MAX_AMPLITUDE / peak)
-        return wav.unsqueeze(0)
+        if self.mels_dir is not None or peak <= torch.finfo(torch.float32).tiny:
+            return wav
+        gain = MAX_AMPLITUDE / torch.tensor(peak)
+        return Wav(wav.samples, lambda first, stop: wav.part(first, stop) * gain)
 
     def _load_mel(self, index: int, frames: int) -> torch.Tensor:
-        path = self.mels_dir / f"{os.path.splitext(self.clips[index])[0]}.npy"
+        name = self._mel_name(index)
+        path = self.mels_dir / (find_file(self.mels_dir, name, (".npy",)) or f"{name}.npy")
         mel = load_mel(path, self.h.num_mels)
         if abs(mel.shape[1] - frames) > MAX_FRAMES_ASTRAY:
             raise UserError(
-                f"{path}: {mel.shape[1]} frames, but {self.clips[index]} has {frames} of "
+                f"{path}: {mel.shape[1]} frames, but {self.path(index)} has {frames} of "
                 f"{self.h.hop_size} samples; expected at most {MAX_FRAMES_ASTRAY} more or fewer"
             )
         return mel
 
+    def _mel_name(self, index: int) -> str:
+        """The mel of a clip, without its extension: in `mels_dir` as the wav in `wavs_dir`."""
+        clip = os.fsdecode(self.clips[index])
+        if os.path.isabs(clip) or ".." in clip:
+            clip = os.path.relpath(self.path(index), self.wavs_dir)
+        return os.path.splitext(clip)[0]
 
-def _cut(x: torch.Tensor, start: int, length: int, padding: float) -> torch.Tensor:
-    """x[..., start : start + length], with `padding` where x ends before."""
-    x = x[..., start : start + length]
-    return F.pad(x, (0, length - x.shape[-1]), value=padding)
+    def _check_ids(self, file_list: str | Path) -> None:
+        """Raises UserError for a clip outside of `wavs_dir`: its mel would be outside, too."""
+        for index in range(len(self)):
+            if self._mel_name(index).startswith("../"):
+                raise UserError(
+                    f"{file_list}: {self.path(index)} lies outside of {self.wavs_dir}; expected "
+                    "ids in it, for a mel is found by its id in --input_mels_dir"
+                )
+
+
+def _padded(x: torch.Tensor, length: int, value: float) -> torch.Tensor:
+    """x [..., n] with `value` at its end up to `length`."""
+    return F.pad(x, (0, length - x.shape[-1]), value=value)
 
 
 class EndlessBatches(torch.utils.data.Sampler):

@@ -324,11 +324,10 @@ class ScaleDiscriminator(nn.Module):
         widths = [1, *(_width(c, h) for c in (128, 128, 256, 512, 1024, 1024, 1024))]
         kernels, strides = (15, 41, 41, 41, 41, 41, 5), (1, 2, 2, 4, 4, 1, 1)
         groups = (1, 4, 16, 16, 16, 16, 1)
+        layers = zip(pairwise(widths), kernels, strides, groups, strict=True)
         self.convs = nn.ModuleList(
-            norm(nn.Conv1d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=group))
-            for (c_in, c_out), kernel, stride, group in zip(
-                pairwise(widths), kernels, strides, groups, strict=True
-            )
+            norm(nn.Conv1d(*channels, kernel, stride, padding=kernel // 2, groups=group))
+            for channels, kernel, stride, group in layers
         )
         self.conv_post = norm(nn.Conv1d(widths[-1], 1, 3, padding=1))
 

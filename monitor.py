@@ -22,7 +22,8 @@ from checkpoint import State
 from distributed import mean_over_processes, rank, world_size
 from env import Config, UserError
 from meldataset import MelDataset
-from utils import end_with_parent, plot_spectrogram, say
+from pictures import plot_spectrogram
+from utils import end_with_parent, say
 
 DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
 
@@ -69,7 +70,13 @@ class Monitor:
             with self._noting_errors():
                 # What a killed run has logged after its last checkpoint will come again.
                 self.writer = SummaryWriter(self.logs, purge_step=state.steps + 1)
-        self.metrics = BackgroundMetrics(self.h) if eval_metrics and is_first else None
+        self.metrics = None
+        if eval_metrics and is_first:
+            try:
+                self.metrics = BackgroundMetrics(self.h)
+            except OSError as error:  # its locks lie in /dev/shm
+                reason = f"--eval_metrics: no process can be started ({error.strerror})"
+                self.error = UserError(f"{reason}; is /dev/shm writable?")
 
     def progress(self, state: State, losses: dict[str, torch.Tensor]) -> None:
         """News for the bar, or a line of text where there is none. Waits for the device."""
@@ -129,7 +136,8 @@ class Monitor:
             self.clips.append((real[0], generated[0]))
         rate = self.h.sampling_rate
         for tag, (wav, mel) in kinds.items():
-            picture = plot_spectrogram(mel.cpu().numpy(), self.h.hop_size / rate)
+            shown = wav[0].float().cpu().numpy(), mel.cpu().numpy()
+            picture = plot_spectrogram(*shown, self.h, self.h.fmax_for_loss)
             # An iSTFT head may leave [-1, 1] a little, of which TensorBoard would warn.
             sound = wav.clamp(-1, 1)
             self._log(SummaryWriter.add_audio, f"{tag}_{index}", sound, steps, rate)
@@ -264,8 +272,8 @@ def describe(state: State, clips: MelDataset, config: str, folder: Path) -> None
         name: sum(p.numel() for p in module.parameters()) / 1e6
         for name, module in (("G", state.generator), ("D", state.discriminators))
     }
-    probe = clips.clips[:: -(-len(clips) // DURATION_PROBES)]
-    seconds = [audio_seconds(clips.wavs_dir / clip) for clip in probe]
+    probe = range(0, len(clips), -(-len(clips) // DURATION_PROBES))
+    seconds = [audio_seconds(clips.path(index)) for index in probe]
     hours = sum(seconds) / len(probe) * len(clips) / 3600
     fusion = "MISR" if h.uses_misr else "MRF"
     say(

@@ -1,47 +1,77 @@
-"""What every script shares: files in and out, checkpoints, pictures and the command line."""
+"""What every script shares: the command line, files that are whole or absent, jobs."""
 
 import argparse
+import atexit
 import errno
+import functools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from distributed import rank
 from env import UserError, one_line
 
-PICTURED_LOG_MELS = (-11.5, 2.0)  # one scale, so that pictures compare: silence to loud speech
+
+def provide_caches() -> None:
+    """Gives libraries a temporary folder for their caches where their own cannot be written.
+
+    As in a container that is read-only or has no home: there numba, which librosa uses, would not
+    load, and matplotlib would complain. To be called before either is loaded.
+    """
+    missing = {"NUMBA_CACHE_DIR", "MPLCONFIGDIR"} - os.environ.keys()
+    homes = ("XDG_CACHE_HOME", "~/.cache"), ("XDG_CONFIG_HOME", "~/.config")
+    if not missing or all(_can_make(os.environ.get(k) or os.path.expanduser(d)) for k, d in homes):
+        return
+    folder = tempfile.mkdtemp(prefix="misrnet_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ.update(dict.fromkeys(missing, folder))
+
+
+def _can_make(folder: str) -> bool:
+    """Whether a folder is there and writable, or could be made."""
+    while not os.path.lexists(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)  # "" in the end for "~", where there is no home
+    return os.path.isdir(folder) and os.access(folder, os.W_OK)
+
+
+provide_caches()  # here, for whoever imports anything of this repository
 
 
 def command_line(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and exits with its status.
 
-    A UserError, and want of memory, become one line.
+    A UserError, and want of memory, become one line. Standard output and error may be closed, a
+    service's or a notebook's.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no text
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except UserError as error:
         if str(error):  # another process of the run says it
-            print(f"error: {error}", file=sys.stderr)
+            _write(f"error: {error}", "stderr")
         sys.exit(error.exit_status)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory; a smaller model, batch or file needs less", file=sys.stderr)
+        _write("error: out of memory; a smaller model, batch or file needs less", "stderr")
         sys.exit(UserError.exit_status)
 
 
@@ -52,7 +82,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def end_with_parent() -> None:
-    """Lets this process end when the one that spawned it does, were it killed."""
+    """Lets this process end when the one that spawned it does, even by being killed."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -61,20 +91,35 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def end_cleanly_on_sigterm() -> None:
-    """Lets SIGTERM, too, unwind the stack, so that temporary files are removed."""
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+def end_cleanly_on_sigterm() -> Callable | int:
+    """Lets SIGTERM, too, unwind the stack, so that temporary files are removed.
+
+    Returns what SIGTERM did before.
+    """
+    return signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 def say(text: str) -> None:
     """Prints on the first process, above a progress bar."""
     if rank() > 0:
         return
+    _write(text, "stdout")
+
+
+def _write(text: str, name: str) -> None:
+    """Prints to sys.stdout or sys.stderr, above a progress bar, as long as anybody reads it."""
+    stream = getattr(sys, name)
+    if stream is None:  # a service's
+        return
     try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError:  # a closed pipe or, to a file, a full disk: no reason to end a run
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        tqdm.write(text, file=stream)
+        stream.flush()
+    except (OSError, ValueError):  # a closed pipe, a full disk: no reason to end a run
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+        except (OSError, ValueError):  # closed
+            setattr(sys, name, os.fdopen(nowhere, "w"))
 
 
 def boolean(text: str) -> bool:
@@ -185,6 +230,69 @@ def _umask() -> int:
     return mask
 
 
+def find_files(folder: str | Path) -> list[Path]:
+    """All files in `folder`, in depth and sorted. Links are followed, but never round in circles.
+
+    A link that leads nowhere counts as a file, for its reader to name. Folders that cannot be read
+    are named and passed over.
+    """
+    files = []
+
+    def search(folder: str, around: frozenset[tuple[int, int]]) -> None:
+        try:
+            facts = os.stat(folder)
+            entries = [entry.path for entry in os.scandir(folder)]
+        except OSError as error:
+            say(one_line(f"{folder}: passed over, cannot be read ({error.strerror})"))
+            return
+        here = (facts.st_dev, facts.st_ino)
+        for path in entries if here not in around else ():
+            if os.path.isdir(path):
+                search(path, around | {here})
+            elif os.path.isfile(path) or not os.path.exists(path):
+                files.append(Path(path))
+
+    search(os.fspath(folder), frozenset())
+    return sorted(files)
+
+
+def find_file(folder: str | Path, name: str, extensions: tuple[str, ...]) -> str | None:
+    """The file `name` in `folder`, given with or without one of `extensions`: its name as it is.
+
+    Extensions may be in any case, and accents be composed (é) or, as on Macs, not (e and an
+    accent). The first of the extensions is taken; None where there is none.
+    """
+    endings = (*extensions, *map(str.upper, extensions))
+    if name.lower().endswith(extensions):
+        endings += ("",)
+    for ending in endings:
+        if os.path.isfile(os.path.join(folder, name + ending)):
+            return name + ending
+    *parents, last = name.split("/")
+    found = "/" if name.startswith("/") else ""
+    for part in parents:
+        names = _names(os.path.join(folder, found))
+        found = os.path.join(found, names.get(_composed(part), part))
+    names = _names(os.path.join(folder, found))
+    files = (os.path.join(found, names.get(_composed(last + ending), "")) for ending in endings)
+    return next((file for file in files if os.path.isfile(os.path.join(folder, file))), None)
+
+
+@functools.lru_cache(maxsize=1000)
+def _names(folder: str) -> dict[str, str]:
+    """The names in a folder, by their composed form; none where it cannot be read."""
+    try:
+        return {_composed(name): name for name in sorted(os.listdir(folder))}
+    except (OSError, ValueError):
+        return {}
+
+
+def _composed(name: str) -> str:
+    """One form for all that differ in the composition of accents or in the extension's case."""
+    stem, extension = os.path.splitext(name)
+    return unicodedata.normalize("NFC", stem) + extension.lower()
+
+
 class Job(NamedTuple):
     """A file to read and the file to make of it."""
 
@@ -197,7 +305,8 @@ def plan_outputs(
 ) -> list[Job]:
     """Pairs each file of `inputs` with the file to make of it: `<output_dir>/<name><ending>`.
 
-    `inputs` is one file, or a folder, which is searched in depth and whose structure is kept.
+    `inputs` is one file, or a folder, which is searched in depth, links too, and whose structure is
+    kept.
     Files with other extensions are counted and passed over, and so is what an earlier run has
     written to an `output_dir` inside `inputs`.
 
@@ -210,7 +319,7 @@ def plan_outputs(
         return [Job(inputs, output_dir / f"{inputs.stem}{ending}")]
     if not os.path.isdir(inputs):
         raise UserError(f"{inputs}: no such file or folder")
-    files = sorted(path for path in inputs.rglob("*") if path.is_file())
+    files = find_files(inputs)
     target = output_dir.resolve()
     if target == inputs.resolve() or inputs.resolve() in target.parents:
         files = [
@@ -220,7 +329,7 @@ def plan_outputs(
     if len(chosen) < len(files):
         others = len(files) - len(chosen)
         passed = f"{inputs}: {others} files passed over, none of {', '.join(extensions)}"
-        print(one_line(passed))
+        say(one_line(passed))
     if not chosen:
         raise UserError(f"{inputs}: no files with an extension of {', '.join(extensions)}")
     makers = {}
@@ -236,7 +345,7 @@ def plan_outputs(
 def check_inside(folder: Path, path: Path) -> None:
     """Raises UserError where a link in `folder` would let `path` be written outside of it."""
     if not path.parent.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{path.parent}: a link that leads out of {folder}; remove it")
+        raise UserError(f"{path.parent}: a link that leads out of {folder}; choose another folder")
 
 
 class Tally:
@@ -262,15 +371,16 @@ class Tally:
         return 1 if self.skipped else 0
 
     def __enter__(self) -> "Tally":
-        end_cleanly_on_sigterm()
+        self.on_sigterm = end_cleanly_on_sigterm()
         self.bar = tqdm(total=self.files, unit="file", disable=None)
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
         self.bar.close()
+        signal.signal(signal.SIGTERM, self.on_sigterm)
         if kind is None:
             skipped = f", {self.skipped} skipped" if self.skipped else ""
-            print(f"{self.files - self.skipped} files written{skipped}")
+            say(f"{self.files - self.skipped} files written{skipped}")
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
@@ -282,27 +392,8 @@ class Tally:
         except UserError as error:
             self.skipped += 1
             self.bar.update()
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            _write(f"skipped: {error}", "stderr")
 
     def written(self) -> None:
         """Counts a file that is done."""
         self.bar.update()
-
-
-def plot_spectrogram(mel: np.ndarray, hop_seconds: float) -> Figure:
-    """A picture of a log-mel [num_mels, T] whose frames are `hop_seconds` apart."""
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    axes = figure.add_subplot()
-    seconds = mel.shape[1] * hop_seconds
-    image = axes.imshow(
-        mel,
-        aspect="auto",
-        origin="lower",
-        interpolation="none",
-        vmin=PICTURED_LOG_MELS[0],
-        vmax=PICTURED_LOG_MELS[1],
-        extent=(0, seconds, 0, mel.shape[0]),
-    )
-    axes.set(xlabel="time (s)", ylabel="mel band")
-    figure.colorbar(image, ax=axes, label="log magnitude")
-    return figure

@@ -48,10 +48,7 @@ def own_weights(weights: dict[str, torch.Tensor], module: nn.Module) -> dict[str
     wrapped, in half precision, and with weight norm or without: each layer gets the form that it
     has in `module`.
     """
-    weights = {
-        key: value.to(torch.promote_types(value.dtype, torch.float32))
-        for key, value in weights.items()
-    }
+    weights = {key: at_least_fp32(value) for key, value in weights.items()}
     while prefix := next((p for p in PREFIXES if any(k.startswith(p) for k in weights)), None):
         weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if is_y_chans(weights):
@@ -93,14 +90,8 @@ def _unfold(weights: dict[str, torch.Tensor], key: str) -> None:
 
 def family_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state of `module` under HiFi-GAN's names, with weight norm, for every tool to load."""
-    named, old_names = (
-        {},
-        {
-            new: old
-            for names in (WEIGHT_NORM_NAMES, SPECTRAL_NORM_NAMES)
-            for old, new in names.items()
-        },
-    )
+    pairs = (*WEIGHT_NORM_NAMES.items(), *SPECTRAL_NORM_NAMES.items())
+    old_names, named = {new: old for old, new in pairs}, {}
     for key, value in module.state_dict().items():
         layer, _, name = key.partition(".parametrizations.")
         if name:
@@ -124,15 +115,12 @@ def mrf_as_misr(weights: dict[str, torch.Tensor], h: Config) -> tuple[dict[str, 
     count = len(blocks) // len(h.upsample_rates)
     renamed, taken = {k: v for k, v in weights.items() if "resblocks." not in k}, []
     for block in sorted(blocks):
-        part = {
-            key.partition(f"resblocks.{block}.")[2]: value
-            for key, value in weights.items()
-            if f"resblocks.{block}." in key
-        }
+        name = f"resblocks.{block}."
+        part = {key: value for key, value in weights.items() if name in key}
         kernel_size = max(value.shape[-1] for value in part.values() if value.dim() == 3)
         if kernel_size == h.resblock_kernel_size:
-            stage = f"resblocks.{block // count}.resblock"
-            renamed |= {f"{stage}.{name}": value for name, value in part.items()}
+            shared = f"resblocks.{block // count}.resblock."
+            renamed |= {key.replace(name, shared): value for key, value in part.items()}
             taken.append(str(block))
     return renamed, f", the shared blocks from its resblocks {', '.join(taken) or '(none fits)'}"
 

@@ -1,0 +1,376 @@
+"""Weights in and out: of whoever wrote them, for whoever reads them; and the shipped ones speak."""
+
+import argparse
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import inference_e2e
+from audio import load_wav
+from checkpoint import build_state, checkpoint_path, checkpoint_steps, resume, save, warm_start
+from demo import SENTENCES, VOICE, Espeak
+from env import Config, UserError, load_config
+from inference import load_generator, synthesize
+from meldataset import LogMelSpectrogram
+from metrics import METRICS, Pair
+from models import Generator
+from tests.conftest import new_checkpoint, random_mel
+from tools import textbook
+from tools.textbook import weight_norm
+from tools.toy import ROOT, run_main, save_checkpoint, toy_config, write_config
+from weights import family_weights, load_weights
+
+MRF_CONFIG = "configs/hifigan_v2.json"
+CPU = torch.device("cpu")
+
+# -------------------------------------------------------------------------------------- the way in
+
+
+class YChansGenerator(nn.Module):
+    """y-chan/hifi-gan-misrnet's generator in plain loops, under the names that its files have.
+
+    N 1x1 convolutions of the same input, the shared block on each, and a 1x1 convolution of all:
+    these without weight norm, everything else with the old one.
+    """
+
+    def __init__(self, h: Config):
+        super().__init__()
+        C, N = h.upsample_initial_channel, h.resblock_num
+        self.conv_pre = weight_norm(nn.Conv1d(h.num_mels, C, 7, padding=3))
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        self.expand_convs, self.reduce_convs = nn.ModuleList(), nn.ModuleList()
+        for rate, kernel in zip(h.upsample_rates, h.upsample_kernel_sizes, strict=True):
+            up = nn.ConvTranspose1d(C, C // 2, kernel, rate, padding=(kernel - rate) // 2)
+            C = C // 2
+            self.ups.append(weight_norm(up))
+            self.expand_convs.append(nn.Conv1d(C, N * C, 1))
+            block = textbook.Block(C, h.resblock_kernel_size, h.resblock_dilation_sizes)
+            self.resblocks.append(block)
+            self.reduce_convs.append(nn.Conv1d(N * C, C, 1))
+        self.conv_post = weight_norm(nn.Conv1d(C, 1, 7, padding=3))
+
+    def forward(self, mel):
+        x = self.conv_pre(mel)
+        for i, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, 0.1))
+            C, expand, reduce = x.shape[1], self.expand_convs[i], self.reduce_convs[i]
+            merged = reduce.bias[:, None]
+            for first in range(0, expand.out_channels, C):
+                part = slice(first, first + C)
+                branch = F.conv1d(x, expand.weight[part], expand.bias[part])
+                branch = self.resblocks[i](branch)
+                merged = merged + F.conv1d(branch, reduce.weight[:, part])
+            x = merged
+        return torch.tanh(self.conv_post(F.leaky_relu(x)))
+
+
+@torch.no_grad()
+def old_generator(kind: type[nn.Module], h: Config) -> nn.Module:
+    """A loud generator with the old weight norm, whose gains are not the norms of directions."""
+    generator = kind(h)
+    for name, p in generator.named_parameters():
+        if name.endswith("weight_g"):
+            p.mul_(1 + 2 * torch.rand_like(p))
+    outputs = []
+    hook = generator.conv_post.register_forward_hook(lambda _, __, y: outputs.append(y))
+    generator(random_mel(40)[None])
+    hook.remove()
+    generator.conv_post.weight_g.mul_(0.3 / outputs[0].std())
+    generator.conv_post.bias.zero_()
+    return generator
+
+
+def assert_same_speech(ours: nn.Module, theirs: nn.Module) -> None:
+    """Equal to a millionth of the peak; both are left in float64."""
+    mel = torch.stack([random_mel(40), random_mel(40)]).double()
+    with torch.no_grad():
+        wavs = [each.eval().double()(mel) for each in (ours, theirs)]
+    peak = float(wavs[1].abs().max())
+    assert wavs[1].std() > 0.03
+    torch.testing.assert_close(*wavs, rtol=0, atol=1e-6 * peak)
+
+
+@pytest.mark.parametrize("config", ["config_v1.json", "config_v2.json"])
+@pytest.mark.parametrize("merge", [None, "mean", "conv"])
+def test_y_chans_weights_speak_and_prove_that_they_merge_by_conv(config, merge, tmp_path, capsys):
+    path = write_config(tmp_path / "config.json", config, misr_merge=merge)
+    theirs = old_generator(YChansGenerator, load_config(path))
+    torch.save({"generator": theirs.state_dict()}, tmp_path / "g_00000001")
+    ours, h = load_generator(tmp_path / "g_00000001")
+    assert h.misr_merge == "conv"
+    said = f'{tmp_path}/g_00000001: of y-chan\'s port, so misr_merge is "conv"\n'
+    assert capsys.readouterr().out == ("" if merge == "conv" else said)
+    assert_same_speech(ours, theirs)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_hifigans_weights_speak(version, tmp_path):
+    path = write_config(tmp_path / "config.json", f"configs/hifigan_{version}.json")
+    theirs = old_generator(textbook.TextbookGenerator, load_config(path))
+    torch.save({"generator": theirs.state_dict()}, tmp_path / "g_00000001")
+    assert_same_speech(load_generator(tmp_path / "g_00000001")[0], theirs)
+
+
+def prefixed(prefix: str, weights: dict) -> dict:
+    return {f"{prefix}{key}": value for key, value in weights.items()}
+
+
+OTHERS = {"discriminator.convs.0.weight": torch.ones(3)}
+CONTAINERS = {
+    "bare": lambda w: w,
+    "state_dict": lambda w: {"state_dict": w, "epoch": 3},
+    "model.generator": lambda w: {"model": {"generator": w, "discriminator": OTHERS}},
+    "module.": lambda w: {"generator": prefixed("module.", w)},
+    "_orig_mod.": lambda w: {"generator": prefixed("_orig_mod.", w)},
+    "three prefixes": lambda w: {"model": prefixed("generator.module._orig_mod.", w)},
+    "beside others": lambda w: {"state_dict": prefixed("generator.", w) | OTHERS},
+}
+
+
+@pytest.mark.parametrize("contain", CONTAINERS.values(), ids=CONTAINERS)
+def test_weights_speak_from_any_container(contain, tmp_path):
+    checkpoint = new_checkpoint(tmp_path)
+    expected, mel = load_generator(checkpoint)[0], random_mel(9)
+    torch.save(contain(torch.load(checkpoint)["generator"]), checkpoint)
+    assert torch.equal(synthesize(load_generator(checkpoint)[0], mel), synthesize(expected, mel))
+
+
+@pytest.mark.parametrize("config", ["config_v2.json", MRF_CONFIG, "configs/istft_v2.json"])
+def test_weights_speak_in_any_form(config, tmp_path):
+    """Those of this repository's earlier versions, folded ones, and half precision."""
+    checkpoint = new_checkpoint(tmp_path, config)
+    generator, h = load_generator(checkpoint)
+    normalised = Generator(h)
+    load_weights(normalised, torch.load(checkpoint)["generator"], checkpoint)
+    earlier, folded = normalised.state_dict(), generator.state_dict()
+    assert any("parametrizations" in key for key in earlier)
+    assert not any(key.endswith(("_g", "_v", "original0")) for key in folded)
+    mel = random_mel(9)
+    wav = synthesize(generator, mel)
+    for weights in (earlier, folded):
+        torch.save({"generator": weights}, checkpoint)
+        torch.testing.assert_close(
+            synthesize(load_generator(checkpoint)[0], mel), wav, rtol=0, atol=1e-6
+        )
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.save({"generator": {k: v.to(dtype) for k, v in folded.items()}}, checkpoint)
+        rounded = copy.deepcopy(generator)
+        with torch.no_grad():
+            for p in rounded.parameters():
+                p.copy_(p.to(dtype))
+        loaded, _ = load_generator(checkpoint)
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+        assert torch.equal(synthesize(loaded, mel), synthesize(rounded, mel))
+
+
+@pytest.mark.parametrize(
+    ("thing", "name"),
+    [(np.float64(0.5), "numpy"), (argparse.Namespace(lr=1), "argparse.Namespace")],
+    ids=["numpy", "Namespace"],
+)
+def test_python_objects_are_named_and_never_loaded(thing, name, tmp_path):
+    checkpoint = new_checkpoint(tmp_path)
+    torch.save(torch.load(checkpoint) | {"about": thing}, checkpoint)
+    with pytest.raises(UserError) as error:
+        load_generator(checkpoint)
+    said = f"{checkpoint}: holds Python objects ({name}"
+    assert str(error.value).startswith(said)
+    assert str(error.value).endswith("), which are never loaded; save the weights alone")
+
+
+def test_a_run_of_y_chans_port_resumes(tmp_path, capsys):
+    path = write_config(tmp_path / "config.json", misr_merge="conv")
+    h = load_config(path)
+    theirs, mult = old_generator(YChansGenerator, h), h.discriminator_channel_mult
+    mpd, msd = textbook.MultiPeriod(mult), textbook.MultiScale(mult)
+    optim_g = torch.optim.AdamW(theirs.parameters())
+    optim_d = torch.optim.AdamW([*msd.parameters(), *mpd.parameters()])
+    torch.save({"generator": theirs.state_dict()}, tmp_path / "g_00000007")
+    contents = {"mpd": mpd.state_dict(), "msd": msd.state_dict()}
+    contents |= {"optim_g": optim_g.state_dict(), "optim_d": optim_d.state_dict()}
+    torch.save(contents | {"steps": 7, "epoch": 2}, tmp_path / "do_00000007")
+    state = build_state(h, CPU)
+    assert resume(state, tmp_path)
+    assert "of y-chan's port; the generator's optimizer starts anew" in capsys.readouterr().out
+    assert_same_speech(state.generator, theirs)
+    state.h = load_config(write_config(path, misr_merge="mean"))
+    with pytest.raises(UserError, match='y-chan\'s port, which needs "misr_merge": "conv"'):
+        resume(state, tmp_path)
+
+
+# ------------------------------------------------------------------------------------- warm starts
+
+
+@pytest.mark.parametrize("prefix", ["", "generator.module."])
+def test_misr_takes_what_it_shares_with_an_mrf_generator(prefix, tmp_path, capsys):
+    h = toy_config(tmp_path)
+    mrf_h = toy_config(tmp_path, MRF_CONFIG)
+    theirs = old_generator(textbook.TextbookGenerator, mrf_h)
+    torch.save({"model": prefixed(prefix, theirs.state_dict())}, tmp_path / "g_00000001")
+    state = build_state(h, CPU)
+    before = [block.input_conv.weight.detach().clone() for block in state.generator.resblocks]
+    warm_start(state, [tmp_path / "g_00000001"])
+    said = capsys.readouterr().out
+    assert "the shared blocks from its resblocks 2, 5, 8, 11; not taken: " in said
+    pairs = [(state.generator.conv_pre, theirs.conv_pre)]
+    pairs += [(state.generator.conv_post, theirs.conv_post)]
+    pairs += zip(state.generator.ups, theirs.ups, strict=True)
+    for misr, block in zip(state.generator.resblocks, theirs.resblocks[2::3], strict=True):
+        pairs += zip(misr.resblock.convs1, block.convs1, strict=True)
+        pairs += zip(misr.resblock.convs2, block.convs2, strict=True)
+    for ours, conv in pairs:
+        norm = conv.weight_v / torch.norm_except_dim(conv.weight_v, 2, 0)
+        torch.testing.assert_close(ours.weight, conv.weight_g * norm)
+        assert torch.equal(ours.bias, conv.bias)
+    for misr, weight in zip(state.generator.resblocks, before, strict=True):
+        assert torch.equal(misr.input_conv.weight, weight)
+        assert f"resblocks.{len(before) - 1}.input_conv" in said
+
+
+def test_a_warm_start_from_y_chans_weights_takes_all_of_them(tmp_path, capsys):
+    h = toy_config(tmp_path, misr_merge="conv")
+    theirs = old_generator(YChansGenerator, h)
+    torch.save({"generator": theirs.state_dict()}, tmp_path / "g_00000001")
+    state = build_state(h, CPU)
+    warm_start(state, [tmp_path / "g_00000001"])
+    assert "not taken" not in capsys.readouterr().out
+    assert_same_speech(state.generator, theirs)
+
+
+def test_a_warm_start_that_takes_no_layer_is_an_error(tmp_path):
+    wide = old_generator(
+        textbook.TextbookGenerator, toy_config(tmp_path, MRF_CONFIG, upsample_initial_channel=32)
+    )
+    torch.save({"generator": wide.state_dict()}, tmp_path / "g_00000001")
+    with pytest.raises(UserError, match="g_00000001: no layer of its generator fits the config"):
+        warm_start(build_state(toy_config(tmp_path), CPU), [tmp_path / "g_00000001"])
+
+
+# ------------------------------------------------------------------------------------- the way out
+
+
+def test_what_is_saved_loads_strictly_into_modules_of_the_old_kind(tmp_path):
+    """As HiFi-GAN's own scripts load it: old weight norm, old spectral norm, its names."""
+    h = toy_config(tmp_path, MRF_CONFIG)
+    state = build_state(h, CPU)
+    loud = old_generator(textbook.TextbookGenerator, h)
+    load_weights(state.generator, loud.state_dict(), "")
+    save(state, tmp_path, keep=1)
+    g, do = (torch.load(checkpoint_path(tmp_path, prefix, 0)) for prefix in ("g", "do"))
+    generator, mult = textbook.TextbookGenerator(h), h.discriminator_channel_mult
+    generator.load_state_dict(g["generator"], strict=True)
+    assert_same_speech(state.generator, generator)
+    wav = torch.randn(1, 1, 4096, dtype=torch.float64)
+    discriminators = state.discriminators.double().eval()
+    for ours, old, saved in (
+        (discriminators.mpd, textbook.MultiPeriod(mult), do["mpd"]),
+        (discriminators.msd, textbook.MultiScale(mult), do["msd"]),
+    ):
+        old.load_state_dict(saved, strict=True)
+        expected = [score for (score, _), _ in old.double().eval()(wav, wav)]
+        for score, theirs in zip(ours(wav)[0], expected, strict=True):
+            torch.testing.assert_close(score, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", ["config_v2.json", "configs/istft_v2.json"])
+def test_other_generators_have_the_old_names_too(config, tmp_path):
+    """Also where weight norm was removed."""
+    generator = Generator(toy_config(tmp_path, config))
+    convs = [name for name, m in generator.named_modules() if isinstance(m, nn.Conv1d)]
+    convs += [f"ups.{i}" for i in range(len(generator.ups))]
+    expected = {f"{name}.{part}" for name in convs for part in ("bias", "weight_g", "weight_v")}
+    normalised = family_weights(generator)
+    generator.remove_weight_norm()
+    folded = family_weights(generator)
+    assert set(normalised) == set(folded) == expected
+    for weights in (normalised, folded):
+        for name in convs:
+            v, g = weights[f"{name}.weight_v"], weights[f"{name}.weight_g"]
+            weight = v * (g / torch.norm_except_dim(v, 2, 0))
+            torch.testing.assert_close(weight, generator.get_submodule(name).weight.detach())
+
+
+# ------------------------------------------------------------------------- what must not change
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_CONFIGS = {
+    "misr": ("config_v2.json", {"misr_merge": "conv"}),
+    "mrf": (MRF_CONFIG, {}),
+    "istft": ("configs/istft_v2.json", {}),
+}
+
+
+def golden_checkpoint(folder: Path, config: str, changes: dict) -> Path:
+    """A toy g_ file whose weights follow from NumPy's RandomState, which never changes."""
+    h = load_config(write_config(folder / "config.json", config, **changes))
+    shapes = {key: value.shape for key, value in family_weights(Generator(h)).items()}
+    random, weights = np.random.RandomState(0), {}
+    for key, shape in sorted(shapes.items()):
+        values = random.standard_normal(tuple(shape))
+        if key.endswith("weight_g"):
+            values = 1 + 0.1 * values
+        elif key.endswith("bias"):
+            values = 0.1 * values
+        weights[key] = torch.from_numpy(values).float()
+    weights["conv_post.weight_g"] *= 0.3  # loud, but within full scale
+    save_checkpoint(folder / "g_00000001", {"generator": weights})
+    return folder / "g_00000001"
+
+
+@pytest.mark.parametrize("name", GOLDEN_CONFIGS)
+def test_a_stored_mel_gives_the_stored_samples(name, tmp_path):
+    """tests/golden/<name>.wav is what this script wrote when the tests above had passed."""
+    config, changes = GOLDEN_CONFIGS[name]
+    status = run_main(
+        inference_e2e,
+        *("--input_mels_dir", GOLDEN / "mel.npy", "--output_dir", tmp_path),
+        *("--checkpoint_file", golden_checkpoint(tmp_path, config, changes), "--device", "cpu"),
+    )
+    assert status == 0
+    wav, _ = soundfile.read(tmp_path / "mel_generated_e2e.wav")
+    expected, _ = soundfile.read(GOLDEN / f"{name}.wav")
+    assert expected.std() > 0.01 and np.abs(expected).max() < 0.9
+    np.testing.assert_allclose(wav, expected, rtol=0, atol=1e-4)
+
+
+SHIPPED = sorted(folder.parent for folder in ROOT.glob("pretrained/*/config.json"))
+LARGEST_MEL_L1, LOWEST_PESQ = 0.8, 1.3  # random weights: 1.6 and 1.04
+
+
+@pytest.fixture(scope="module")
+def sentence(tmp_path_factory) -> Path:
+    """A wav of a sentence that eSpeak NG says."""
+    path = tmp_path_factory.mktemp("espeak") / "sentence.wav"
+    espeak = Espeak(VOICE)
+    soundfile.write(path, espeak.speak(SENTENCES[0]), espeak.sampling_rate)
+    return path
+
+
+def qualities(generator: Generator, h: Config, path: Path) -> dict[str, float]:
+    """mel_l1 and pesq_wb of the sentence at `path`, vocoded from its mel."""
+    wav = load_wav(path, h.sampling_rate)
+    wav_hat = synthesize(generator, LogMelSpectrogram(h, h.fmax)(wav[None])[0])
+    pair, names = Pair(wav, wav_hat, h), ("mel_l1", "pesq_wb")
+    return {metric.name: metric.function(pair) for metric in METRICS if metric.name in names}
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_the_shipped_weights_speak_and_random_ones_do_not(folder, sentence):
+    path = checkpoint_path(folder, "g", checkpoint_steps(folder, "g")[-1])
+    generator, h = load_generator(path)
+    spoken = qualities(generator, h, sentence)
+    assert spoken["mel_l1"] < LARGEST_MEL_L1
+    assert spoken["pesq_wb"] > LOWEST_PESQ
+    babble = qualities(Generator(h).eval(), h, sentence)
+    assert babble["mel_l1"] > 1.5 * LARGEST_MEL_L1
+    assert babble["pesq_wb"] < LOWEST_PESQ - 0.1
+
+
+def test_there_are_shipped_weights():
+    assert SHIPPED
