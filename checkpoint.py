@@ -40,11 +40,7 @@ from weights import (
 
 ROOT = Path(__file__).parent
 NEVER = 2**62
-GENERATOR_KEYS = ("generator",)  # of g_* files
 TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_* files
-
-OPTIONAL = [f for f in dataclasses.fields(Config) if f.default is not dataclasses.MISSING]
-DEFAULTS = {each.name: each.default for each in OPTIONAL}  # of the config's optional keys
 
 # What of its config a run may go on without. The rest is the model's and the mel's: g_* files are
 # read with it, and much of it could change without a tensor's shape telling.
@@ -126,11 +122,10 @@ def average_gradients(state: State) -> None:
     """
     if world_size() == 1:
         return
+    different = "the machines resumed from different steps; give all one --checkpoint_path"
     with together():
         if max_over_processes(state.steps) != -max_over_processes(-state.steps):
-            raise UserError(
-                "the machines resumed from different steps; give all one --checkpoint_path"
-            )
+            raise UserError(different)
     state.ddp_generator, state.ddp_discriminators = (
         as_ddp(module, state.device) for module in (state.generator, state.discriminators)
     )
@@ -155,9 +150,10 @@ def run_meta(config: bytes) -> dict[str, str]:
 
 def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """What differs between two runs' meta: "lr_decay 0.999 -> 0.9997", the commands apart."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     old, new = (
         {key: meta.get(key) for key in ("version", "commit", "torch")}
-        | DEFAULTS
+        | defaults
         | json.loads(meta.get("config", "{}"))
         for meta in (before, now)
     )
@@ -220,9 +216,8 @@ def save(state: State, folder: Path, keep: int) -> None:
     check_losses(state, folder)
     modules = (state.generator, state.discriminators)
     if not all(p.isfinite().all() for module in modules for p in module.parameters()):
-        raise UserError(
-            f"a weight is not finite at step {state.steps}; {_last_good(folder, state.steps)}"
-        )
+        last_good = _last_good(folder, state.steps)
+        raise UserError(f"a weight is not finite at step {state.steps}; {last_good}")
     state.saved_steps = state.steps
     with together():
         if rank() == 0:
@@ -268,8 +263,9 @@ def write_checkpoint(file: Path, contents: dict, path: Path) -> None:
     try:
         with open(file, "wb") as opened:  # its errors say more than torch's own
             torch.save(contents, opened)
-    except RuntimeError:
-        raise WriteError(f"{path}: cannot be written (is the disk full?)") from None
+    except (RuntimeError, OSError) as error:
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise WriteError(f"{path}: cannot be written ({reason})") from None
 
 
 def check_losses(state: State, folder: Path) -> None:
@@ -349,7 +345,7 @@ def resume(state: State, folder: Path) -> bool:
 def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
     g_path, do_path = paths
     wanted = (*TRAINING_KEYS, *state.more)
-    for path, contents, keys in ((g_path, g, GENERATOR_KEYS), (do_path, do, wanted)):
+    for path, contents, keys in ((g_path, g, ["generator"]), (do_path, do, wanted)):
         missing = [key for key in keys if key not in contents]
         if missing:
             raise UserError(f"{path}: holds no {', '.join(missing)}")

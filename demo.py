@@ -31,7 +31,8 @@ from audio import load_wav
 from checkpoint import checkpoint_path, checkpoint_steps
 from env import Config, UserError, load_config
 from meldataset import LogMelSpectrogram
-from utils import PICTURED_LOG_MELS, command_line, command_parser, positive, say
+from pictures import PICTURED_LOG_MELS
+from utils import command_line, command_parser, positive, say
 
 HERE = Path(__file__).parent
 PRETRAINED = HERE / "pretrained/istft_v2_ljspeech/g_00057768"
@@ -231,7 +232,7 @@ def vocode(folder: Path, checkpoint: Path, name: str) -> dict[str, float | None]
         *("--config", checkpoint.parent / "config.json", "--output", folder / f"{name}.json"),
     )
     report = json.loads((folder / f"{name}.json").read_text())
-    return {metric: facts["mean"] for metric, facts in report["metrics"].items()}
+    return {metric: facts["systems"][name]["mean"] for metric, facts in report["metrics"].items()}
 
 
 def stream(folder: Path, checkpoint: Path) -> None:

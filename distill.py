@@ -212,7 +212,7 @@ def prepare(a: argparse.Namespace, state: State) -> Update:
     """Gives `state` a student of --teacher_file; returns the update that teaches it."""
     teacher, h = load_generator(a.teacher_file, state.device)
     check_teacher(h, state.h, a.teacher_file)
-    return Distillation(state, teacher.requires_grad_(False), a.training_steps).update
+    return Distillation(state, teacher, a.training_steps).update
 
 
 def main() -> int:

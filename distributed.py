@@ -92,6 +92,11 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """True where another process of the run was not there to speak to."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 def as_ddp(module: nn.Module, device: torch.device) -> nn.Module:
     """`module`, averaging its gradients where there are several processes."""
     if world_size() == 1:

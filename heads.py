@@ -122,7 +122,7 @@ class ConsistentSTFT(nn.Module):
         if torch.compiler.is_exporting():
             frames = spectrum.flatten(2) @ self.inverse_fourier
         else:
-            frames = torch.fft.irfft(torch.view_as_complex(spectrum), n=self.n_fft)
+            frames = torch.fft.irfft(torch.complex(*spectrum.unbind(3)), n=self.n_fft)
         return self._overlap_add(frames * self.window)
 
     def _overlap_add(self, frames: torch.Tensor) -> torch.Tensor:

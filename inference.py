@@ -99,7 +99,7 @@ def prepare(generator: Generator, device: torch.device, precision: str) -> Gener
     if precision == "bf16":
         for part in (generator.conv_pre, generator.ups, generator.resblocks):
             part.bfloat16()
-    return generator.eval().to(device)
+    return generator.eval().requires_grad_(False).to(device)
 
 
 class Streamer:

@@ -30,6 +30,7 @@ from checkpoint import (
 )
 from distributed import (
     init_processes,
+    is_lost_connection,
     leave_processes,
     rank,
     select_device,
@@ -178,7 +179,10 @@ def launch(processes: int) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
+        # One that was killed says more than those that missed it. torchrun ends the rest later.
+        until = error.get_first_failure()[1].timestamp + 1  # second
+        failures = [each for each in error.failures.items() if each[1].timestamp <= until]
+        number, failure = min(failures, key=lambda each: each[1].exitcode >= 0)
         if failure.exitcode >= 0:
             return failure.exitcode
         raise UserError(
@@ -215,6 +219,13 @@ def launch_or_train(
     except UserError:
         leave_processes()  # which agree on every error
         raise
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        raise UserError(
+            "another process of the run has ended or cannot be reached; run the command again to "
+            "go on from the last checkpoint"
+        ) from None
     leave_processes()
     return status
 

@@ -1,11 +1,20 @@
-"""Objective metrics of a pair of waveforms."""
+"""Objective metrics of a pair of waveforms, [N] at h.sampling_rate.
+
+    from metrics import evaluate_pair
+    values = evaluate_pair(wav, wav_hat, h)    # {"mel_l1": 0.31, ..., "pesq_wb": None, ...}
+
+METRICS, below, says what each number is. Their libraries are those of requirements-dev.txt and
+requirements-nodeps.txt, imported where they are used: a metric without its library is left out.
+"""
 
 import functools
+import io
 import math
 import sys
+import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -26,6 +35,8 @@ PESQ_SECONDS = 20  # beyond 50 utterances, which takes more, pesq 0.0.4 crashes 
 MCD_ORDER = 24  # Kominek, Schultz, Black 2008
 F0_RANGE = (65, 500)  # Hz, of speech
 F0_PERIODS = 4  # of the lowest pitch in a frame of pYIN
+OPINION_RATE = 16000  # Hz, which DistillMOS hears
+OPINION_SAMPLES, OPINION_HOP = 122880, 16000  # of its window, and between two at most
 SEED = 0  # of the bootstrap, and of the noise that pystoi adds
 
 
@@ -80,15 +91,13 @@ class Pair:
 
     def at(self, sampling_rate: int) -> tuple[np.ndarray, np.ndarray]:
         """Both waveforms, resampled with soxr."""
-        return tuple(
-            librosa.resample(
-                wav.numpy(),
-                orig_sr=self.h.sampling_rate,
-                target_sr=sampling_rate,
-                res_type="soxr_hq",
-            )
-            for wav in self.wavs
+        resample = partial(
+            librosa.resample,
+            orig_sr=self.h.sampling_rate,
+            target_sr=sampling_rate,
+            res_type="soxr_hq",
         )
+        return tuple(resample(wav.numpy()) for wav in self.wavs)
 
     def check_sound(self, *names: str) -> None:
         """Raises ValueError where the "reference" or "generated", of `names`, has no sound."""
@@ -185,6 +194,41 @@ def _root_mean_square(values: np.ndarray) -> float:
     return math.sqrt(np.mean(np.square(values)))
 
 
+def _distill_mos(pair: Pair) -> float:
+    model = _opinion_model()
+    pair.check_sound("generated")
+    wav = torch.from_numpy(pair.at(OPINION_RATE)[1])
+    # It would take all windows of a long file at once, and much memory. It sets their level itself.
+    rest = max(0, len(wav) - OPINION_SAMPLES)
+    starts = np.linspace(0, rest, 1 + math.ceil(rest / OPINION_HOP)).astype(int)
+    windows = (wav[start : start + OPINION_SAMPLES] for start in starts)
+    return float(np.mean([model(window[None]).item() for window in windows]))
+
+
+@functools.cache
+def _opinion_model() -> torch.nn.Module:
+    with _stand_in("torchaudio"):
+        from distillmos import ConvTransformerSQAModel
+    # It says where its weights lie, and draws random ones before.
+    with redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=()):
+        return ConvTransformerSQAModel().eval()
+
+
+@contextmanager
+def _stand_in(name: str) -> Iterator[None]:
+    """An empty module `name`, for the import of a package that uses it in its command line only.
+
+    The one that is installed, if any, may be of another torch, and then would not load.
+    """
+    is_loaded = name in sys.modules
+    sys.modules.setdefault(name, types.ModuleType(name))
+    try:
+        yield
+    finally:
+        if not is_loaded:
+            del sys.modules[name]
+
+
 @dataclass(frozen=True)
 class Metric:
     """A number for a pair, and what a reader must know of it.
@@ -199,9 +243,23 @@ class Metric:
     library: str  # as pip knows it
     description: str
     function: Callable[[Pair], float]
+    needs_reference: bool = True  # or hears the generated waveform alone
+    requirements: str = "-r requirements-dev.txt"  # the words after "pip install" that bring it
 
 
 METRICS = (
+    Metric(
+        "distill_mos",
+        unit="MOS",
+        better="higher",
+        library="distillmos",
+        description="DistillMOS (Stahl, Gamper 2025) at 16 kHz: the mean opinion of listeners, 1 "
+        "to 5, as a network predicts it from the generated speech alone, without the recording. "
+        "A prediction, no listening test; of these numbers it ranks vocoders most as listeners do.",
+        function=_distill_mos,
+        needs_reference=False,
+        requirements="--no-deps -r requirements-nodeps.txt",
+    ),
     Metric(
         "mel_l1",
         unit="Np",
@@ -300,10 +358,10 @@ class Measurement:
 
 
 @torch.no_grad()
-def measure(pair: Pair) -> Measurement:
-    """Every metric of `pair`; what fails has a reason, never a made-up value."""
+def measure(pair: Pair, metrics: Iterable[Metric] = METRICS) -> Measurement:
+    """The metrics of `pair`; what fails has a reason, never a made-up value."""
     measurement = Measurement()
-    for metric in METRICS:
+    for metric in metrics:
         try:
             value = float(metric.function(pair))
             if not math.isfinite(value):
@@ -337,8 +395,9 @@ def evaluate_pair(
 @functools.cache  # once a process
 def name_missing(name: str, reason: str) -> None:
     """Says on standard error that a metric is left out."""
-    (library,) = (metric.library for metric in METRICS if metric.name == name)
+    (metric,) = (metric for metric in METRICS if metric.name == name)
     tqdm.write(
-        f"{name}: left out, it needs {library} ({reason}); pip install -r requirements-dev.txt",
+        f"{name}: left out, it needs {metric.library} ({reason}); "
+        f"pip install {metric.requirements}",
         file=sys.stderr,
     )

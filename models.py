@@ -398,10 +398,9 @@ def discriminator_loss(real_scores: list, fake_scores: list) -> torch.Tensor:
 
     Takes a score [B, S] of each discriminator; gives a scalar.
     """
-    pairs = zip(real_scores, fake_scores, strict=True)
     return sum(
         (1 - _at_least_fp32(real)).square().mean() + _at_least_fp32(fake).square().mean()
-        for real, fake in pairs
+        for real, fake in zip(real_scores, fake_scores, strict=True)
     )
 
 

@@ -34,7 +34,10 @@ def provide_caches() -> None:
     homes = ("XDG_CACHE_HOME", "~/.cache"), ("XDG_CONFIG_HOME", "~/.config")
     if not missing or all(_can_make(os.environ.get(k) or os.path.expanduser(d)) for k, d in homes):
         return
-    folder = tempfile.mkdtemp(prefix="misrnet_")
+    try:
+        folder = tempfile.mkdtemp(prefix="misrnet_")
+    except OSError:  # nowhere but in memory, as under `docker run --read-only`
+        folder = tempfile.mkdtemp(prefix="misrnet_", dir="/dev/shm")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ.update(dict.fromkeys(missing, folder))
 

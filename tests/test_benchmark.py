@@ -3,11 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from tools import benchmark
 from tools.toy import ROOT, run_main, write_config
-
-NAMES = ("istft", "hifigan")
 
 
 @pytest.mark.parametrize(
@@ -24,8 +23,8 @@ def test_sizes_and_arithmetic(config, row, capsys):
 
 
 def test_training_steps_are_timed_in_turns(tmp_path, capsys):
-    config = write_config(tmp_path / "toy.json")
-    flags = ("--train", "--batch_size", 2, "--repeats", 2, "--device", "cpu")
+    config, output = write_config(tmp_path / "toy.json"), tmp_path / "results.json"
+    flags = ("--train", "--batch_size", 2, "--repeats", 1, "--device", "cpu", "--output", output)
     run_main(benchmark, "--config", config, *flags)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[2] for row in rows] == ["textbook, fp32", "ours, fp32", "ours, bf16"]
@@ -33,45 +32,31 @@ def test_training_steps_are_timed_in_turns(tmp_path, capsys):
     for row in rows:
         seconds, ratio = float(row[3].split()[0]), float(row[4].split()[0])
         assert seconds > 0 and ratio > 0
+    results = json.loads(output.read_text())
+    assert {"device", "PyTorch", "commit"} <= results["machine"].keys()
+    assert results["sizes"][0]["config"] == str(config)
+    assert [row["step"] for row in results["training"]] == [row[2] for row in rows]
 
 
 def test_inference_is_timed_beside_plain_hifigan(tmp_path, capsys):
-    configs = [
-        write_config(tmp_path / f"{i}.json", f"configs/{i}_v2.json", upsample_initial_channel=128)
-        for i in NAMES
-    ]
-    run_main(
-        benchmark,
-        *("--infer", "--config", *configs),
-        *("--seconds", 1, "--repeats", 2, "--device", "cpu"),
-    )
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
-    for row in rows:
-        speeds = [float(cell.split()[0]) for cell in (row[2], row[3], row[5], row[6])]
-        assert min(speeds) > 0
-    assert [bool(row[-1].strip(" |")) for row in rows] == [True, False]  # MRF has no loop
-
-
-def test_a_generator_of_another_width_has_no_plain_hifigan_beside_it(tmp_path, capsys):
-    config = write_config(tmp_path / "toy.json")
+    """Of the same width, where there is one; MRF has no loop to be compared with."""
+    toy = write_config(tmp_path / "toy.json", "configs/hifigan_v2.json")
+    wide = write_config(tmp_path / "wide.json", upsample_initial_channel=128)
     flags = ("--seconds", 1, "--repeats", 1, "--device", "cpu")
-    run_main(benchmark, "--infer", "--config", config, *flags)
-    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
-    assert cells[3] == cells[6] == ""
-
-
-def test_memory_is_measured_whole_and_in_chunks(tmp_path, capsys):
-    config = write_config(tmp_path / "toy.json")
-    flags = ("--memory", "--minutes", 1, "--chunk_frames", 0, 64, "--device", "cpu")
-    run_main(benchmark, "--config", config, *flags, "--output", tmp_path / "results.json")
+    run_main(benchmark, "--infer", "--config", toy, wide, *flags)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
-    assert [row[2] for row in rows] == ["whole", "64"]
-    whole, chunked = (float(row[3].replace(",", "")) for row in rows)
-    assert 100 < chunked < whole
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["peak MB"] for row in results["memory"]] == [whole, chunked]
-    assert {"device", "PyTorch", "commit"} <= results["machine"].keys()
-    assert results["sizes"][0]["config"] == str(config)
+    beside = [[bool(row[i].strip(" |")) for i in (3, 6, 8)] for row in rows]
+    assert beside == [[False] * 3, [True] * 3]
+    for row in rows:
+        assert float(row[2].split()[0]) > 0 and float(row[5].split()[0]) > 0
+
+
+def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
+    config = write_config(tmp_path / "toy.json")
+    row = benchmark.memory_row(str(config), 0.1, 64, torch.device("cpu"))
+    assert row["chunk_frames"] == 64
+    assert 100 < row["peak MB"] < 2000
+    assert row["first sound, s"] < 60 / row["times real time"]  # before the last
 
 
 @pytest.mark.parametrize(

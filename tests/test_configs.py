@@ -5,7 +5,6 @@ import torch
 
 from checkpoint import build_state
 from env import load_config
-from export_onnx import largest_difference, to_onnx
 from inference import prepare, synthesize
 from models import Generator
 from tests.conftest import ALL_CONFIGS
@@ -53,19 +52,3 @@ def test_chunks_make_the_whole(h):
     assert whole.std() > 0
     pieces = synthesize(generator, mel, chunk_frames=7)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
-
-
-def test_a_frame_reaches_as_far_as_the_receptive_field(h):
-    generator = spoken(h)
-    before, after = generator.receptive_field
-    mel = torch.zeros(h.num_mels, 41)
-    mel[:, 20] = torch.nan
-    with torch.no_grad():
-        touched = generator(mel[None])[0, 0].isnan().nonzero() // h.hop_size
-    assert 20 - after <= touched.min() <= 20 - after + 1
-    assert 20 + before - 1 <= touched.max() <= 20 + before
-
-
-def test_onnx_runtime_gives_the_same_samples(h):
-    generator = spoken(h)
-    assert largest_difference(to_onnx(generator, h).SerializeToString(), generator) <= 1e-5

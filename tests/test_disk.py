@@ -21,6 +21,7 @@ from tensorboard.compat.tensorflow_stub.io import gfile
 import export_onnx
 import inference
 import inference_e2e
+import loop
 import meldataset
 import train
 from checkpoint import CHANGEABLE_KEYS, checkpoint_path, paired_steps
@@ -74,23 +75,21 @@ def run(outcome, corpus, tmp_path) -> Run:
 # --- A full disk
 
 
-@pytest.mark.parametrize(
-    ("size", "name"),
-    [
-        *((0, "config.json"), (500, "config.json"), (1500, "g_00000003")),
-        *((20_000, "g_00000003"), (100_000, "g_00000003"), (110_000, "g_00000003")),
-        *((500_000, "do_00000003"), (900_000, "do_00000003")),
-    ],
-)
-def test_a_checkpoint_on_a_full_disk(run, size, name):
+def test_a_checkpoint_on_a_full_disk(run):
+    """Whatever does not fit any more, what was there stays, and all can be done again."""
     assert run(2) == (0, [])
+    sizes = {p: checkpoint_path(run.folder, p, 2).stat().st_size for p in ("g", "do")}
     before = contents(run.folder) | {".lock": None}
-    with full_disk(size):
-        status, (line,) = run(4)
-    assert status == 1
-    assert line.startswith(f"error: {run.folder / name}: cannot be written (")
-    assert line.endswith(("(File too large)", "(is the disk full?)"))
-    assert contents(run.folder) | {".lock": None} == before
+    for size, name in (
+        *((0, "config.json"), (500, "config.json"), (1500, "do_00000003")),
+        *((sizes["g"] + 100, "do_00000003"), (sizes["do"] - 100, "do_00000003")),
+    ):
+        with full_disk(size):
+            status, (line,) = run(4)
+        assert status == 1
+        assert line.startswith(f"error: {run.folder / name}: cannot be written (")
+        assert line.endswith(("(File too large)", "(is the disk full?)"))
+        assert contents(run.folder) | {".lock": None} == before
     assert run(4) == (0, [])
     assert paired_steps(run.folder) == [2, 3, 4]
 
@@ -109,7 +108,7 @@ def full_logs(monkeypatch, writes: int) -> None:
         monkeypatch.setattr(gfile.LocalFileSystem, name, limited)
 
 
-@pytest.mark.parametrize("writes", [0, 1, 2, 8, 13, 25])
+@pytest.mark.parametrize("writes", [0, 2, 13])
 def test_logs_on_a_full_disk(run, monkeypatch, writes):
     """The run ends when it hears of it, by the next save at the latest, and loses no step."""
     full_logs(monkeypatch, writes)
@@ -142,21 +141,6 @@ def test_no_traceback_follows_from_the_thread_that_logs(run):
     assert paired_steps(run.folder)
 
 
-def test_nobody_to_talk_to(run):
-    """Standard output goes to a file on a full disk, say: the run goes on."""
-    flags = ("--checkpoint_path", run.folder, "--training_steps", "2")
-    with open("/dev/full", "w") as full:
-        process = subprocess.run(
-            [sys.executable, "train.py", *map(str, (*run.arguments, *flags))],
-            cwd=ROOT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            timeout=60,
-        )
-    assert (process.returncode, process.stderr) == (0, b"")
-    assert paired_steps(run.folder) == [1, 2]
-
-
 def test_logs_that_are_a_file(run):
     run.folder.mkdir()
     (run.folder / "logs").write_text("mine")
@@ -183,8 +167,8 @@ def test_logs_are_whole_up_to_the_checkpoint(run, monkeypatch):
         seen.append({tag: [event.step for event in events.Scalars(tag)] for tag in tags})
         save(*arguments, **flags)
 
-    save = train.save
-    monkeypatch.setattr(train, "save", looking)
+    save = loop.save
+    monkeypatch.setattr(loop, "save", looking)
     assert run(2) == (0, [])
     first, second = seen
     assert len(first) >= 8
@@ -312,9 +296,7 @@ def test_a_vanished_clip(run, monkeypatch, num_workers):
     assert 2 <= paired_steps(run.folder)[-1] <= 4  # workers have read ahead
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_vanished_mel(run, monkeypatch, tmp_path, num_workers):
-    write_config(run.config, num_workers=num_workers)
+def test_a_vanished_mel(run, monkeypatch, tmp_path):
     mels = ("--config", run.config, "--input_wavs_dir", run.corpus / "wavs")
     assert run_main(meldataset, *mels, "--output_dir", tmp_path / "mels") == 0
     after_step(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "mels"))
@@ -322,7 +304,7 @@ def test_a_vanished_mel(run, monkeypatch, tmp_path, num_workers):
     status, (line,) = run(100, *flags)
     assert status == 1
     assert line.startswith(f"error: {tmp_path / 'mels/clip'}")
-    assert 2 <= paired_steps(run.folder)[-1] <= 4
+    assert paired_steps(run.folder)[-1] == 2
 
 
 def test_a_vanished_validation_clip_loses_no_step(run, monkeypatch):
@@ -361,6 +343,7 @@ CHANGES = {
     "num_workers": 1,
     "lambda_mel": 10,
     "lambda_feature": 1,
+    "adversarial_from": 2,
     "fmax_for_loss": 8000,
     "n_ffts_for_loss": [512, 1024],
     "num_mels_for_loss": [20, 40],
@@ -379,52 +362,24 @@ def test_how_a_run_learns_may_change(run):
     assert group["lr"] == pytest.approx(0.001 * 0.5**2)  # step 3 was the third epoch's
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sampling_rate": 24000},
-        {"fmin": 50},
-        {"fmax": 7600},
-        {"fmax": None},
-        {"win_size": 800},
-        {"n_fft": 2048},
-        {"hop_size": 128, "upsample_rates": [8, 4, 2, 2]},
-        {"upsample_rates": [4, 16, 2, 2]},
-        {"resblock_dilation_sizes": [1, 3, 9]},
-    ],
-    ids=str,
-)
-def test_what_a_run_learns_may_not_change_unseen(run, changes):
-    """No shape tells these; older g_* files would be read with the new config."""
-    assert run(1) == (0, [])
-    before = contents(run.folder)
-    write_config(run.config, **changes)
-    status, (line,) = run(3)
-    assert status == 1
-    assert line.startswith(f"error: {run.folder / 'config.json'}: ")
-    assert any(f"{key} = " in line for key in changes)
-    assert contents(run.folder) == before
+UNSEEN = [  # no shape tells these; older g_* files would be read with the new config
+    *({"sampling_rate": 24000}, {"fmin": 50}, {"fmax": 7600}, {"fmax": None}, {"win_size": 800}),
+    *({"n_fft": 2048}, {"hop_size": 128, "upsample_rates": [8, 4, 2, 2]}),
+    *({"upsample_rates": [4, 16, 2, 2]}, {"resblock_dilation_sizes": [1, 3, 9]}),
+]
+UNFIT = [
+    *({"upsample_initial_channel": 32}, {"num_mels": 100}, {"resblock_num": 2}),
+    *({"resblock_kernel_size": 5}, {"misr_merge": "conv"}, {"discriminator_channel_mult": 0.5}),
+]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"upsample_initial_channel": 32},
-        {"num_mels": 100},
-        {"resblock_num": 2},
-        {"resblock_kernel_size": 5},
-        {"misr_merge": "conv"},
-        {"discriminator_channel_mult": 0.5},
-    ],
-    ids=str,
-)
-def test_what_does_not_fit_is_named(run, changes):
+def test_what_a_run_learns_may_not_change(run):
     assert run(1) == (0, [])
     before = contents(run.folder)
-    write_config(run.config, **changes)
-    status, (line,) = run(3)
-    assert status == 1
-    (key,) = changes
-    assert line.startswith(f"error: {run.folder}/config.json: {key} = ")
-    assert "expected the same model and mel" in line
-    assert contents(run.folder) == before
+    for changes in (*UNSEEN, *UNFIT):
+        write_config(run.config, **changes)
+        status, (line,) = run(3)
+        assert status == 1
+        assert any(line.startswith(f"error: {run.folder}/config.json: {key} = ") for key in changes)
+        assert "expected the same model and mel" in line
+        assert contents(run.folder) == before

@@ -1,4 +1,7 @@
-"""Several processes against one: the same updates, checkpoints that both can resume, no hangs."""
+"""Several processes against one: the same updates, checkpoints that both can resume, no hangs.
+
+A machine with two GPUs is made up: both processes of train.py's own launch take the CPU.
+"""
 
 import os
 import shutil
@@ -16,95 +19,132 @@ import torch
 import torch.multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import distributed
 import env
 import train
-from checkpoint import (
-    build_state,
-    checkpoint_path,
-    load_checkpoint,
-    paired_steps,
-    share_over_processes,
-)
+from checkpoint import average_gradients, build_state, checkpoint_path, paired_steps, save
+from tests.test_utils import full_disk
 from tools.toy import ROOT, corpus_arguments, run_main, write_config
+from weights import load_checkpoint
 
 STEPS = 4
 
 
-def one_step(rank: int, world_size: int, port: int, folder: Path) -> None:
+# --------------------------------------------------------------------- what they do to each other
+
+
+def one_step(folder: Path) -> None:
     """Writes the losses and gradients of one update in float64, of all processes together."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    device = torch.device("cpu")
-    env.init_processes(device)
+    rank, world_size = distributed.rank(), distributed.world_size()
     h = env.load_config(folder / "toy.json")
-    torch.set_default_dtype(torch.float64)
-    state = build_state(h, device)
-    state.mel_loss.double()
-    share_over_processes(state)
+    state = build_state(h, torch.device("cpu"))
+    for module in (state.generator, state.discriminators, state.mel_loss):
+        module.double()
+    average_gradients(state)
     torch.manual_seed(0)
-    mel = torch.randn(4, h.num_mels, h.segment_size // h.hop_size)
-    wav = 0.1 * torch.randn(4, 1, h.segment_size)
+    mel = torch.randn(4, h.num_mels, h.segment_size // h.hop_size, dtype=torch.float64)
+    wav = 0.1 * torch.randn(4, 1, h.segment_size, dtype=torch.float64)
     losses = train.training_step(state, mel[rank::world_size], wav[rank::world_size])
-    means = env.mean_over_processes(torch.stack(list(losses.values())))
+    means = distributed.mean_over_processes(torch.stack(list(losses.values())))
     if rank == 0:
         gradients = [
             p.grad for m in (state.generator, state.discriminators) for p in m.parameters()
         ]
         torch.save([means, *gradients], folder / f"of_{world_size}")
-    env.leave_processes()
 
 
-def test_two_processes_make_the_same_gradients(tmp_path):
+def words_of(act) -> str:
+    try:
+        act()
+    except env.UserError as error:
+        return str(error)
+    return "none"
+
+
+def errors_of_a_process(folder: Path) -> None:
+    """Writes the words with which this process hears of errors: of the first's disk, and of all."""
+    rank = distributed.rank()
+    state = build_state(env.load_config(folder / "toy.json"), torch.device("cpu"))
+
+    def all_err():
+        with distributed.together():
+            raise env.UserError(f"of process {rank}")
+
+    def the_second_errs():
+        with distributed.together():
+            if rank == 1:
+                raise env.UserError("of process 1")
+
+    with full_disk(1000 if rank == 0 else 10**9):
+        words = [words_of(lambda: save(state, folder / "cp", keep=1))]
+    words += [words_of(all_err), words_of(the_second_errs)]
+    (folder / f"words_of_{rank}").write_text("\n".join(words))
+
+
+def in_process(rank: int, port: int, folder: Path) -> None:
+    """What `spawn` runs in each of two processes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.init_processes(torch.device("cpu"))
+    one_step(folder)
+    errors_of_a_process(folder)
+    distributed.leave_processes()
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory) -> Path:
+    """A folder with what two processes, and one, have done."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    write_config(tmp_path / "toy.json", batch_size=4)
-    for world_size in (1, 2):
-        arguments = (world_size, port, tmp_path)
-        torch.multiprocessing.spawn(one_step, args=arguments, nprocs=world_size)
-    for one, two in zip(torch.load(tmp_path / "of_1"), torch.load(tmp_path / "of_2"), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    write_config(folder / "toy.json", batch_size=4)
+    torch.multiprocessing.spawn(in_process, args=(port, folder), nprocs=2)
+    one_step(folder)
+    return folder
+
+
+def test_two_processes_make_the_same_gradients(of_two):
+    one, two = (torch.load(of_two / f"of_{count}") for count in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_an_error_of_any_process_is_one_of_all_and_said_once(of_two):
+    """The first that has it says it: a full disk of the first process, an error of both, ..."""
+    full, *of_first = (of_two / "words_of_0").read_text().split("\n")
+    assert "do_00000000: cannot be written" in full
+    assert of_first == ["of process 0", ""]
+    assert (of_two / "words_of_1").read_text().split("\n") == ["", "", "of process 1"]
+    assert not list((of_two / "cp").iterdir())
+
+
+# ------------------------------------------------------------------------------------- whole runs
 
 
 class TwoProcesses:
-    """train.py under torchrun, and in this process, on the toy corpus."""
+    """train.py as two processes, and in this process, on the toy corpus."""
 
     def __init__(self, corpus, tmp_path):
-        config = write_config(tmp_path / "config.json", num_workers=1)
-        self.arguments = [*corpus_arguments(corpus), "--config", str(config)]
+        self.config = write_config(tmp_path / "config.json", num_workers=1)
+        self.arguments = [*corpus_arguments(corpus), "--config", str(self.config)]
         self.arguments += ["--summary_interval", "1", "--stdout_interval", "1"]
 
-    def start(self, folder: Path, *arguments) -> subprocess.Popen:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        flags = [*self.arguments, "--checkpoint_path", folder, *map(str, arguments)]
-        return subprocess.Popen(
-            [sys.executable, *torchrun, "train.py", *flags],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def start_itself(self, *arguments) -> subprocess.Popen:
-        """As on a machine with two GPUs; they are made up, so that both processes take the CPU."""
-        flags = [*self.arguments, "--device", "auto", *map(str, arguments)]
+    def two(self, *arguments, preexec_fn=None) -> subprocess.Popen:
+        """As on a machine with two GPUs."""
         code = (
             "import sys, torch, train, utils; torch.cuda.device_count = lambda: 2; "
-            f"sys.argv = ['train.py', *{flags!r}]; utils.command_line(train.main)"
+            "sys.argv = ['train.py', *sys.argv[1:]]; utils.command_line(train.main)"
         )
+        flags = (*self.arguments, "--device", "auto", *arguments)
         return subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code, *map(str, flags)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=preexec_fn,
         )
-
-    def two(self, folder: Path, steps: int) -> str:
-        process = self.start(folder, "--training_steps", steps)
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
-        return output
 
     def one(self, folder: Path, steps: int) -> None:
         flags = ("--checkpoint_path", folder, "--training_steps", steps)
@@ -133,59 +173,78 @@ def logged_losses(folder: Path) -> np.ndarray:
 def test_two_processes_train_alike_and_share_checkpoints(runs, tmp_path):
     """Adam turns gradients that are rounding noise into whole steps: a few weights may differ."""
     one, two = tmp_path / "one", tmp_path / "two"
+    runs.one(one, 1)
+    shutil.copytree(one, two)
     runs.one(one, STEPS)
-    runs.two(two, STEPS)
+    process = runs.two("--checkpoint_path", two, "--training_steps", STEPS)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    assert "after 1 steps" in output
     assert logged_losses(one).shape == (3, STEPS)
     np.testing.assert_allclose(logged_losses(two), logged_losses(one), rtol=1e-5)
     difference = np.abs(weights(two, STEPS) - weights(one, STEPS))
     assert np.mean(difference < 1e-5) >= 0.999
     learning_rate = 2e-4
     assert difference.max() <= 2 * learning_rate * STEPS
-    assert f"after {STEPS} steps" in runs.two(one, STEPS + 1)
-    runs.one(two, STEPS + 1)
+    for folder in (one, two):
+        runs.one(folder, STEPS + 1)
     difference = np.abs(weights(two, STEPS + 1) - weights(one, STEPS + 1))
     assert np.mean(difference < 1e-5) >= 0.999
 
 
-def test_a_signal_to_torchrun_saves_and_stops(runs, tmp_path):
+def read_to(process: subprocess.Popen, steps: int) -> list[str]:
+    """The lines that a run prints until it says that so many steps are made."""
+    lines = []
+    for line in iter(process.stdout.readline, ""):
+        lines.append(line)
+        if line.startswith(f"Steps : {steps},"):
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def test_a_hangup_saves_and_stops(runs, tmp_path):
+    """The terminal is closed: torchrun hears it and passes it on. The exit status is ours."""
     folder = tmp_path / "cp"
-    process = runs.start(folder, "--training_steps", 100_000)
-    next(line for line in process.stdout if line.startswith("Steps : 2,"))
-    os.kill(process.pid, signal.SIGTERM)
+    process = runs.two("--checkpoint_path", folder)
+    read_to(process, 2)
+    process.send_signal(signal.SIGHUP)
+    lines = process.communicate(timeout=120)[0].splitlines()
+    assert process.returncode == 129
+    (steps,) = paired_steps(folder)
+    assert lines[-1] == f"stopped by SIGHUP after step {steps}, saved in {folder}"
+    assert all(line.startswith("Steps : ") for line in lines[:-1])
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in children.split()]
+
+
+def ignore_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_a_process_killed_under_nohup_ends_all_without_loss(runs, tmp_path):
+    """A hangup, which was ignored at the start, does not end it, though torchrun would hear it."""
+    folder = tmp_path / "cp"
+    flags = ("--checkpoint_path", folder, "--checkpoint_interval", 1)
+    process = runs.two(*flags, preexec_fn=ignore_hangups)
+    read_to(process, 1)
+    children = children_of(process)
+    assert len(children) == 2
+    for pid in (process.pid, *children):
+        os.kill(pid, signal.SIGHUP)
+    read_to(process, 10)
+    os.kill(children[1], signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
-    assert "stopped by SIGTERM" in output
-    (steps,) = {int(path.name[-8:]) for path in folder.glob("*_0*")}
-    assert f"after step {steps}, saved" in output
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, None])
-def test_a_machine_with_two_gpus_starts_two_processes(runs, tmp_path, number):
-    """Its torchrun keeps our exit status."""
-    folder = tmp_path / "cp"
-    steps = ("--training_steps", 2) if number is None else ()
-    process = runs.start_itself("--checkpoint_path", folder, *steps)
-    lines = iter(process.stdout.readline, "")
-    seen = [next(line for line in lines if line.startswith("Steps : 2,"))]
-    if number is not None:
-        process.send_signal(number)
-    seen += process.communicate(timeout=120)[0].splitlines()
-    assert process.returncode == (0 if number is None else 128 + number)
-    assert "Traceback" not in "\n".join(seen)
-    assert paired_steps(folder)
-
-
-def test_a_killed_process_ends_the_others_and_leaves_good_checkpoints(runs, tmp_path):
-    folder = tmp_path / "cp"
-    process = runs.start(folder, "--training_steps", 100_000, "--checkpoint_interval", 1)
-    deadline = time.monotonic() + 120
-    while not checkpoint_path(folder, "g", 3).exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert process.returncode == 1
+    assert "error: process 1 was ended by SIGKILL (too little memory, perhaps)" in output
+    assert "error: another process of the run has ended" in output  # says the other
+    assert "Traceback" not in output
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert len(paired_steps(folder)) >= 3
     for path in [*folder.glob("g_*"), *folder.glob("do_*")]:
         load_checkpoint(path)
@@ -198,24 +257,17 @@ def test_a_batch_that_does_not_divide_is_refused(runs, tmp_path, monkeypatch):
     assert not (tmp_path / "cp").exists()
 
 
-def errors_of(process: subprocess.Popen) -> list[str]:
-    """The lines in which a run that fails says why, and never by a traceback."""
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 1
-    assert "Traceback" not in output, output
-    return [line for line in output.splitlines() if line.startswith("error:")]
-
-
-def test_an_unusable_clip_of_one_process_ends_all_in_one_line(runs, corpus, tmp_path):
+def test_an_unusable_clip_ends_all_in_one_line(runs, corpus, tmp_path):
+    """Nothing of torchrun's own beside it; and what is said of a config is said once."""
+    write_config(runs.config, misr_merge=None)
     wavs = shutil.copytree(corpus / "wavs", tmp_path / "wavs")
-    soundfile.write(wavs / "clip0.wav", np.full(20_000, np.nan), 22050, subtype="FLOAT")
+    broken = wavs / "clip0.wav"
+    soundfile.write(broken, np.full(20_000, np.nan), 22050, subtype="FLOAT")
     folder = tmp_path / "cp"
-    process = runs.start_itself("--input_wavs_dir", wavs, "--checkpoint_path", folder)
-    (line,) = errors_of(process)
-    assert "clip0.wav" in line
-
-
-def test_what_is_wrong_before_training_is_told_once(runs, tmp_path):
-    process = runs.start_itself("--input_wavs_dir", tmp_path, "--checkpoint_path", tmp_path / "cp")
-    (line,) = errors_of(process)
-    assert "no audio file for the id 'clip0'" in line
+    process = runs.two("--input_wavs_dir", wavs, "--checkpoint_path", folder)
+    lines = process.communicate(timeout=300)[0].splitlines()
+    assert process.returncode == 1
+    note, *described = [line for line in lines if not line.startswith("Steps : ")]
+    assert note.endswith('no misr_merge, so "mean"; y-chan\'s port merges by "conv"')
+    assert len(described) == 5, lines  # four lines of what is about to run
+    assert described[-1] == f"error: {broken}: holds samples that are NaN or infinite"

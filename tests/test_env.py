@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import librosa
 import pytest
 import torch
 
@@ -120,6 +121,8 @@ BROKEN += [("configs/hifigan_v1.json", *row) for row in BROKEN_MRF]
 
 NOT_JSON = {
     "empty": b"",
+    "UTF-16": json.dumps(toy_values()).encode("utf-16"),
+    "twice": json.dumps(toy_values()).encode()[:-1] + b', "seed": 5}',
     "cut": b'{"resblock": "1",',
     "list": b"[1]",
     "null": b"null",
@@ -208,6 +211,71 @@ def test_what_is_no_json_object_is_refused(tmp_path, contents):
     path = tmp_path / "broken.json"
     path.write_bytes(contents)
     assert "JSON" in refusal(path)
+
+
+def test_a_key_that_is_given_twice_is_named(tmp_path):
+    (tmp_path / "broken.json").write_bytes(NOT_JSON["twice"])
+    assert "given twice: seed" in refusal(tmp_path / "broken.json")
+
+
+def test_a_byte_order_mark_as_windows_writes_is_no_matter(tmp_path):
+    path = write_config(tmp_path / "config.json")
+    h = load_config(path)
+    path.write_bytes(path.read_text().encode("utf-8-sig"))
+    assert load_config(path) == h
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4, 5])
+def test_segments_too_short_for_the_discriminators_are_refused(tmp_path, samples):
+    audio = {"segment_size": samples, "hop_size": samples, "n_fft": 8 + samples, "win_size": 8}
+    rates = {"upsample_rates": [samples], "upsample_kernel_sizes": [samples + 2]}
+    path = write_config(tmp_path / "broken.json", **audio, **rates, num_mels=2)
+    assert f"segment_size = {samples}: expected at least 6" in refusal(path)
+
+
+# As it was met, and neighbours: (the config's changes, the key, how many bands are empty).
+EMPTY_BANDS = [
+    (
+        {"sampling_rate": 44100, "n_fft": 512, "win_size": 512, "num_mels": 128, "fmax": None},
+        "num_mels",
+        11,
+    ),
+    ({"num_mels": 300}, "num_mels", None),
+    ({"n_fft": 258, "win_size": 256}, "num_mels", None),
+    ({"fmax": 500}, "num_mels", None),
+    ({"fmax_for_loss": 500}, "num_mels", None),
+    ({"fmin": 60, "fmax": 500}, "num_mels", None),
+    (
+        {"n_ffts_for_loss": [256], "num_mels_for_loss": [64], "fmax_for_loss": 3000},
+        "num_mels_for_loss",
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "key", "count"), EMPTY_BANDS)
+@pytest.mark.filterwarnings("ignore:Empty filters")
+def test_bands_that_would_always_be_silent_are_refused(tmp_path, changes, key, count):
+    """Counted by librosa's filterbank, which only warns; one band fewer than too many is fine."""
+    values = toy_values(**changes)
+    of_loss = key == "num_mels_for_loss"
+    values |= {"num_mels": 64, "n_fft": 256} if of_loss else {}
+    fmaxes = [values["fmax_for_loss"]] + ([] if of_loss else [values["fmax"]])
+
+    def empty_bands(num_mels: int) -> int:
+        recipe = {"sr": values["sampling_rate"], "n_fft": values["n_fft"], "n_mels": num_mels}
+        banks = (librosa.filters.mel(**recipe, fmin=values["fmin"], fmax=fmax) for fmax in fmaxes)
+        return max(int((bank.max(axis=1) == 0).sum()) for bank in banks)
+
+    message = refusal(write_config(tmp_path / "broken.json", **changes))
+    shown = json.dumps(changes[key] if of_loss else values["num_mels"])
+    assert message.startswith(f"{tmp_path / 'broken.json'}: {key} = {shown}: expected fewer")
+    found = empty_bands(values["num_mels"])
+    assert f"{found} bands hold no bin" in message
+    assert count in (None, found)
+    most = next(n for n in range(values["num_mels"], 0, -1) if empty_bands(n) == 0)
+    changes = changes | {key: [most] if of_loss else most}
+    load_config(write_config(tmp_path / "fine.json", **changes))
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):

@@ -2,12 +2,10 @@
 
 import io
 import os
-import pickle
 import resource
 import struct
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,6 @@ from env import UserError, load_config, one_line
 from models import Generator
 from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, speech_like, write_config
 from utils import command_line
-from weights import load_checkpoint
 
 
 class Trap:
@@ -92,34 +89,6 @@ def vocode(checkpoint: Path, inputs: Path, output_dir: Path, module=inference) -
 # --- Pickles
 
 
-def zipped(contents: object, path: Path) -> None:
-    torch.save(contents, path)
-
-
-def legacy(contents: object, path: Path) -> None:
-    torch.save(contents, path, _use_new_zipfile_serialization=False)
-
-
-def pickled(contents: object, path: Path) -> None:
-    path.write_bytes(pickle.dumps(contents, protocol=2))
-
-
-def object_array(contents: object, path: Path) -> None:
-    with open(path, "wb") as file:
-        np.save(file, np.array([[contents]], dtype=object), allow_pickle=True)
-
-
-def spring(path: Path) -> None:
-    """Unpickles `path`, as one must not."""
-    if path.read_bytes()[:6] == b"\x93NUMPY" or path.suffix == ".npy":
-        np.load(path, allow_pickle=True)
-    else:
-        try:
-            torch.load(path, weights_only=False)
-        except Exception:
-            pickle.loads(path.read_bytes())
-
-
 def train_on(corpus: Path, folder: Path, *flags) -> int:
     config = write_config(folder / "toy.json")
     return run_main(
@@ -152,31 +121,25 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("save", [zipped, legacy, pickled])
-@pytest.mark.parametrize("key", ["generator", "optim_g", None])
-def test_no_pickle_in_a_checkpoint_is_run(reader, save, key, corpus, tmp_path, capsys):
-    marker = tmp_path / "marker"
-    trap = Trap(marker) if key is None else {"generator": {}, key: {"a": Trap(marker)}}
-    save(trap, tmp_path / "trap")
-    spring(tmp_path / "trap")
-    marker.unlink()  # so the trap works
+def test_no_pickle_in_a_checkpoint_is_run(reader, corpus, tmp_path, capsys):
+    """In the form of today; tests/test_weights.py has the others."""
+    torch.save({"generator": {"conv_pre.bias": Trap(tmp_path / "marker")}}, tmp_path / "trap")
+    torch.load(tmp_path / "trap", weights_only=False)
+    (tmp_path / "marker").unlink()  # so the trap works
     write_config(tmp_path / "config.json")
     assert exit_of(lambda: READERS[reader](tmp_path, corpus)) == 1
     assert str(tmp_path) in one_line_of(capsys)
-    assert not marker.exists()
+    assert not (tmp_path / "marker").exists()
 
 
-@pytest.mark.parametrize("save", [object_array, pickled, zipped])
 @pytest.mark.parametrize("reader", ["inference_e2e.py", "train.py --fine_tuning"])
-def test_no_pickle_in_a_mel_is_run(save, reader, checkpoint, corpus, tmp_path, capsys):
+def test_no_pickle_in_a_mel_is_run(reader, checkpoint, corpus, tmp_path, capsys):
+    """Of an array of objects; tests/test_audio.py has a bare pickle."""
     marker, mels = tmp_path / "marker", tmp_path / "mels"
     mels.mkdir()
     for index in range(7):
-        save(Trap(marker), mels / f"clip{index}.npy")
-    if save is zipped:
-        torch.load(mels / "clip0.npy", weights_only=False)
-    else:
-        spring(mels / "clip0.npy")
+        np.save(mels / f"clip{index}.npy", np.array([[Trap(marker)]]), allow_pickle=True)
+    np.load(mels / "clip0.npy", allow_pickle=True)
     marker.unlink()
     if reader == "inference_e2e.py":
         run = partial(vocode, checkpoint, mels / "clip0.npy", tmp_path, module=inference_e2e)
@@ -189,40 +152,18 @@ def test_no_pickle_in_a_mel_is_run(save, reader, checkpoint, corpus, tmp_path, c
     assert not marker.exists()
 
 
-def test_a_compressed_archive_is_refused_before_it_grows(tmp_path):
-    plain, bomb = tmp_path / "g_00000001", tmp_path / "g_00000002"
-    save_checkpoint(plain, {"generator": {"a": torch.zeros(25_000_000)}})
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as out:
-        for each in source.infolist():
-            out.writestr(each.filename, source.read(each))
-    assert bomb.stat().st_size < 10**6 < 10**8 < plain.stat().st_size
-    with pytest.raises(UserError, match=r"g_00000002: not a readable checkpoint \(a compressed"):
-        load_checkpoint(bomb)
-
-
 # --- Names
 
 NAMES = {
     "line feed": b"a\nskipped: b",
     "escape": b"\x1b[2J\x1b[31mred",
-    "carriage return": b"a\rb",
-    "dash": b"-rf",
     "option": b"--output_dir=elsewhere",
     "no UTF-8": b"caf\xe9",
     "right to left": "\u202ecod.exe".encode(),
-    "line separator": "a\u2028b".encode(),
     "dots": b"..",
-    "hidden": b".a",
     "spaces": b"  a  b  ",
     "shell": b"$(touch elsewhere);`touch elsewhere`",
     "format": b"%s{}{0}%(a)s",
-    "glob": b"*?[a]",
-    "home": b"~",
-    "200 bytes": b"a" * 200,
-    "backslash": b"a\\..\\b",
-    "tab": b"a\tb",
-    "delete": b"a\x7f\x08b",
-    "UserError": b"UserError: ",
 }
 names = pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 
@@ -251,16 +192,6 @@ def test_odd_names_are_vocoded_and_stay_in_their_folder(name, checkpoint, clip, 
         str(tmp_path / "mels/sub" / f"{stem}.npy"),
         str(tmp_path / "out/sub" / f"{stem}_generated_e2e.wav"),
     }
-
-
-@names
-def test_odd_names_have_a_length(name, clip, tmp_path, monkeypatch):
-    path = make(tmp_path, name + b".wav", clip)
-    assert meldataset.audio_seconds(path) == pytest.approx(0.05, abs=1e-3)
-    h = load_config(write_config(tmp_path / "toy.json"))
-    pair = evaluate.FilePair("a", path, path)
-    monkeypatch.setattr(evaluate, "METRICS", ())
-    assert evaluate.measure_files(pair, h, None).sampling_rates["reference"] == 22050
 
 
 def write_mels(checkpoint: Path, inputs: Path, output_dir: Path) -> int:
@@ -295,17 +226,11 @@ def test_odd_names_do_not_break_the_tables_of_evaluate(name, tmp_path, capsys):
     folders = [tmp_path / "reference", tmp_path / "generated"]
     flags = ("--reference_dir", folders[0], "--generated_dir", folders[1], "--workers", 1)
     assert exit_of(lambda: run_main(evaluate, *flags)) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
+    printed = capsys.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if "it/s" not in line]
     assert all(line.isprintable() for line in lines)
-    starts = [str(folders[0]), str(folders[1]), "skipped: ", "0 pairs"]
-    assert all(map(str.startswith, lines, starts))
-    trouble = evaluate.FileResult(name=os.fsdecode(name), paths={}, reasons={"stoi": "why"})
-    evaluate.name_troubles(trouble, h=None)
-    assert one_line_of(capsys).endswith(": no stoi (why)")
-    result = {"name": os.fsdecode(name) + "|b", "values": {}}
-    *_, row = evaluate.file_table({"metrics": {}, "files": [result]}).splitlines()
-    assert row.isprintable()
-    assert row.count("|") - row.count(r"\|") == 2
+    (skipped,) = (line for line in lines if line.startswith("skipped: "))
+    assert "cannot be read as audio" in skipped
 
 
 LONG = ("a" * 300, "a/" * 3000, "a" * 5000)
@@ -372,16 +297,17 @@ def test_names_that_are_no_text_can_be_printed(capsys):
 def test_lists_may_point_anywhere_and_nothing_is_written_there(corpus, tmp_path):
     names = ["../wavs/clip0", f"{corpus}/wavs/clip1", "sub/../clip2.wav", "./clip3"]
     make(tmp_path, b"list.txt", "\n".join(names).encode())
+    (corpus / "wavs/sub").mkdir()
     before = tree(tmp_path), tree(corpus)
-    (corpus / "wavs/sub").mkdir(exist_ok=True)
     flags = ("--input_training_file", tmp_path / "list.txt")
     assert train_on(corpus, tmp_path, *flags) == 0
     new = tree(tmp_path).keys() - before[0].keys() - {str(tmp_path / "toy.json")}
     assert new and all(path.startswith(f"{tmp_path}/run/") for path in new)
     assert tree(corpus) == before[1]
+    (corpus / "wavs/sub").rmdir()  # the corpus is that of all tests
 
 
-def test_links_in_the_inputs_are_read_and_never_written_through(checkpoint, clip, tmp_path):
+def test_links_in_the_inputs_are_read_and_never_written_through(checkpoint, clip, tmp_path, capsys):
     elsewhere = make(tmp_path / "elsewhere/deep", b"x.wav", clip).parent
     (tmp_path / "in").mkdir()
     (tmp_path / "in/file.wav").symlink_to(elsewhere / "x.wav")
@@ -389,14 +315,26 @@ def test_links_in_the_inputs_are_read_and_never_written_through(checkpoint, clip
     (tmp_path / "in/loop").symlink_to(tmp_path / "in")
     (tmp_path / "in/dangling.wav").symlink_to(tmp_path / "nothing.wav")
     before = tree(tmp_path)
-    for output_dir in (tmp_path / "out", tmp_path / "in"):
-        assert exit_of(partial(vocode, checkpoint, tmp_path / "in", output_dir)) == 0
+    assert exit_of(partial(vocode, checkpoint, tmp_path / "in", tmp_path / "out")) == 1
+    line = one_line_of(capsys)
+    assert line.startswith(f"skipped: {tmp_path}/in/dangling.wav: cannot be read as audio")
     after = tree(tmp_path)
     assert {path: after[path] for path in before} == before
     assert after.keys() - before.keys() == {
         str(tmp_path / "out/file_generated.wav"),
-        str(tmp_path / "in/file_generated.wav"),
+        str(tmp_path / "out/folder/x_generated.wav"),
     }
+
+
+def test_an_output_beside_its_input_is_not_written_through_a_link(
+    checkpoint, clip, tmp_path, capsys
+):
+    elsewhere = make(tmp_path / "elsewhere", b"x.wav", clip).parent
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/folder").symlink_to(elsewhere)
+    assert exit_of(partial(vocode, checkpoint, tmp_path / "in", tmp_path / "in")) == 1
+    assert "in/folder: a link that leads out of" in one_line_of(capsys)
+    assert os.listdir(elsewhere) == ["x.wav"]
 
 
 def test_the_output_folder_may_be_a_link(checkpoint, clip, tmp_path):
@@ -440,13 +378,12 @@ def test_links_that_lead_out_of_the_output_folder_are_refused(
     assert os.listdir(tmp_path / "out") == ["sub"]
 
 
-def test_links_that_lead_out_of_the_pictures_are_refused(checkpoint, clip, tmp_path):
+def test_links_that_lead_out_of_the_pictures_are_refused(clip, tmp_path, capsys):
     linked_out(tmp_path)
-    path = make(tmp_path / "in", b"a.wav", clip)
-    pair = evaluate.FilePair("sub/a", path, path)
-    h = load_config(checkpoint.with_name("config.json"))
-    with pytest.raises(UserError, match="sub: a link that leads out of"):
-        evaluate.measure_files(pair, h, tmp_path / "out")
+    folders = [make(tmp_path / name / "sub", b"a.wav", clip).parents[1] for name in ("in", "made")]
+    flags = ("--reference_dir", folders[0], "--generated_dir", folders[1], "--workers", 1)
+    assert exit_of(lambda: run_main(evaluate, *flags, "--plot", tmp_path / "out")) == 1
+    assert "sub: a link that leads out of" in capsys.readouterr().err
     assert os.listdir(tmp_path / "elsewhere") == []
 
 
@@ -465,8 +402,7 @@ def limited(script: str, *arguments, gigabytes: float) -> subprocess.CompletedPr
 
 
 def test_a_model_too_large_for_the_memory_is_one_line(corpus, tmp_path):
-    # Too large for most machines, and not by a slip of the keyboard: no bound refuses it.
-    config = write_config(tmp_path / "toy.json", upsample_initial_channel=2**14)
+    config = write_config(tmp_path / "toy.json", upsample_initial_channel=2**17)
     flags = (*corpus_arguments(corpus), "--config", config, "--checkpoint_path", tmp_path / "run")
     run = limited("train.py", *flags, gigabytes=6)
     assert run.stderr == "error: out of memory; a smaller model, batch or file needs less\n"
@@ -482,12 +418,3 @@ def test_a_sound_too_large_for_the_memory_is_one_line(checkpoint, tmp_path):
     (line,) = run.stderr.splitlines()
     assert line.startswith(f"skipped: {tmp_path / 'a.au'}: cannot be read as audio (Unable to all")
     assert run.returncode == 1
-
-
-def test_a_config_far_larger_than_its_weights_takes_no_memory(checkpoint, tmp_path):
-    (tmp_path / "g_00000001").write_bytes(checkpoint.read_bytes())
-    write_config(tmp_path / "config.json", upsample_initial_channel=2**14)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"g_00000001: does not fit the config: .*conv_pre"):
-        inference.load_generator(tmp_path / "g_00000001")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB

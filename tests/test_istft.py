@@ -17,15 +17,15 @@ def by_torch(x: torch.Tensor, n_fft: int, hop_size: int) -> torch.Tensor:
     return torch.istft(spectrum, n_fft, hop_size, window=window).unsqueeze(1)
 
 
-@pytest.mark.parametrize("frames", [2, 3, 65])
 @pytest.mark.parametrize(("n_fft", "hop_size"), [(16, 4), (16, 8), (20, 5), (8, 1)])
-def test_it_equals_torch_istft_at_the_edges_too(n_fft, hop_size, frames):
+def test_it_equals_torch_istft_at_the_edges_too(n_fft, hop_size):
     istft = InverseSTFT(n_fft, hop_size)
-    x = 0.5 * torch.randn(3, n_fft + 2, frames)  # below the bound on magnitudes
-    wav = istft(x)
-    assert wav.shape == (3, 1, (frames - 1) * hop_size)
-    expected = by_torch(x.double(), n_fft, hop_size).float()
-    torch.testing.assert_close(wav, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    for frames in (2, 3, 65):
+        x = 0.5 * torch.randn(3, n_fft + 2, frames)  # below the bound on magnitudes
+        wav = istft(x)
+        assert wav.shape == (3, 1, (frames - 1) * hop_size)
+        expected = by_torch(x.double(), n_fft, hop_size).float()
+        torch.testing.assert_close(wav, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_gradients_are_those_of_torch_istft():

@@ -1,7 +1,6 @@
 """A trainer that is killed resumes from a whole pair, and gets where an undisturbed one gets."""
 
 import os
-import random
 import signal
 
 import pytest
@@ -9,27 +8,25 @@ import torch
 
 import train
 import utils
-from checkpoint import checkpoint_path, paired_steps
+from checkpoint import checkpoint_path, checkpoint_steps, paired_steps
 from env import UserError
-from tools.stress.kill import Kill, kill_over_and_over, random_kill
+from tools.stress.kill import Kill, kill_over_and_over
 from tools.toy import corpus_arguments, run_main, write_config
 from utils import remove_temporary_files, replacing
 from weights import load_checkpoint
 
 # In each trainer's first save, but for the two last; the first os.replace is config.json's.
 CHOSEN = [
-    Kill(call="torch.save", count=2, moment="in"),  # half of `do_` is written
+    Kill(call="torch.save", count=2, moment="in"),  # half of `g_` is written
     Kill(call="os.replace", count=2, moment="before"),  # both are written, none is in place
     Kill(call="os.replace", count=2, moment="after"),  # `do_` is in place
-    Kill(call="os.replace", count=1, moment="before"),
-    Kill(signal.SIGTERM, delay=1.2, slow=True),
-    Kill(signal.SIGINT, delay=1.2),
+    Kill(signal.SIGTERM, delay=0.3, training=True, slow=True),
+    Kill(signal.SIGHUP, delay=0.3, training=True),
 ]
 
 
 def test_kills_change_nothing(tmp_path):
-    choose = random.Random(0)
-    kill_over_and_over(tmp_path, [*CHOSEN, random_kill(choose)])
+    kill_over_and_over(tmp_path, CHOSEN)
 
 
 def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -109,12 +106,17 @@ def test_a_save_that_fails_half_way_loses_no_older_file(run, monkeypatch):
     assert not list(run.folder.glob(".*.tmp"))
 
 
-def test_a_do_without_its_g_does_not_count_among_those_to_keep(run):
+def test_only_the_newest_pairs_stay(run):
+    """Neither a `do_` without its `g_` counts among those to keep, nor a damaged, newer file."""
     run(1)
     run(3, "--checkpoint_interval", 3)
     checkpoint_path(run.folder, "do", 2).touch()  # left by a kill between the two files
+    checkpoint_path(run.folder, "do", 99).touch()
     run(4, "--keep_checkpoints", 3)
     assert paired_steps(run.folder) == [1, 3, 4]
+    run(5, "--keep_checkpoints", 2)
+    assert checkpoint_steps(run.folder, "do") == [4, 5, 99]
+    assert checkpoint_steps(run.folder, "g") == [1, 3, 4, 5]
 
 
 def test_only_what_a_run_has_left_itself_is_removed(tmp_path):

@@ -16,11 +16,13 @@ import train
 from checkpoint import build_state, paired_steps
 from env import UserError
 from loop import Stopped, StopRequest, find_temporary_folder, next_batch, validate
-from tools.stress.kill import start, wait_for
+from tools.stress import kill
+from tools.stress.kill import wait_for
 from tools.toy import ROOT, corpus_arguments, run_main, toy_config, write_config
 
 WAITS = 1000  # seconds, for a clip of a disk that hangs
 PATIENCE = 60  # seconds on a busy machine, for what takes a few
+AT_ONCE = 15  # seconds there, for what takes one
 
 
 @pytest.fixture
@@ -62,6 +64,22 @@ def hang_under_nohup() -> None:
     hang_in_the_second_epoch()
 
 
+@pytest.fixture
+def start():
+    """kill.start, of processes that do not outlive the test, should it fail."""
+    started = []
+
+    def start(*arguments):
+        started.append(kill.start(*arguments))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.is_alive():
+            for pid in (*workers_of(process), process.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
 def workers_of(process) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     return [int(pid) for pid in children.split()]
@@ -74,12 +92,12 @@ def workers_of(process) -> list[int]:
     ("num_workers", "prepare", "ignored", "number"),
     [
         (0, hang_under_nohup, signal.SIGHUP, signal.SIGTERM),
-        (1, hang_in_the_second_epoch, None, signal.SIGHUP),
+        (4, hang_in_the_second_epoch, None, signal.SIGHUP),
         (1, hang_in_the_second_epoch, None, signal.SIGINT),
     ],
 )
 def test_one_signal_is_heard_while_waiting_for_data(
-    arguments, tmp_path, num_workers, prepare, ignored, number
+    start, arguments, tmp_path, num_workers, prepare, ignored, number
 ):
     """Also where the whole group of processes gets it, and SIGINT the data workers by name."""
     log = tmp_path / "log"
@@ -93,7 +111,7 @@ def test_one_signal_is_heard_while_waiting_for_data(
     for worker in workers:
         os.kill(worker, signal.SIGINT)
     os.killpg(process.pid, number)
-    process.join(PATIENCE)
+    process.join(AT_ONCE)  # PyTorch would wait 5 seconds for each worker
     assert process.exitcode == 128 + number, log.read_text()
     assert paired_steps(tmp_path / "cp") == [2]
     output = log.read_text()
@@ -154,7 +172,7 @@ def the_error(output: str) -> str:
     return line
 
 
-def test_a_killed_worker_is_one_line_and_loses_nothing(arguments, tmp_path):
+def test_a_killed_worker_is_one_line_and_loses_nothing(start, arguments, tmp_path):
     """As the system kills where memory runs out."""
     log = tmp_path / "log"
     process = start(arguments(num_workers=2), log, hang_in_the_second_epoch)
@@ -170,7 +188,7 @@ def test_a_killed_worker_is_one_line_and_loses_nothing(arguments, tmp_path):
 def in_a_namespace(code: str, *arguments) -> subprocess.CompletedProcess:
     """Python code of a process that may mount, with these arguments."""
     command = ["unshare", "-rm", sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10 * PATIENCE)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=5 * PATIENCE)
 
 
 def may_mount() -> bool:
@@ -215,7 +233,7 @@ def test_a_long_tmpdir_and_nobody_to_talk_to(arguments, tmp_path):
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=10 * PATIENCE,
+            timeout=3 * PATIENCE,
         )
     assert (done.returncode, done.stderr) == (0, "")
     assert paired_steps(tmp_path / "cp") == [2, 3]

@@ -24,7 +24,6 @@ from tools import textbook
 from tools.toy import ROOT, toy_config
 from weights import load_weights
 
-RESBLOCKS = [ResBlock1, ResBlock2]
 MERGES = ["mean", "conv"]
 
 
@@ -66,8 +65,9 @@ def grouped_misr(misr: MISR, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("oracle", [textbook.misr_loop, grouped_misr])
 @pytest.mark.parametrize("merge", MERGES)
-@pytest.mark.parametrize("resblock", RESBLOCKS)
-@pytest.mark.parametrize("num_inputs", [1, 3])
+@pytest.mark.parametrize(
+    ("num_inputs", "resblock"), [(3, ResBlock1), (3, ResBlock2), (1, ResBlock1)]
+)
 def test_misr_equals_the_loop(num_inputs, resblock, merge, oracle):
     misr = randomise(MISR(6, num_inputs, 5, (1, 3), merge, resblock)).double()
     x = torch.randn(2, 6, 40, dtype=torch.float64, requires_grad=True)
@@ -111,7 +111,6 @@ BLOCKS = {
     "MISR mean": lambda: MISR(6, 3, 5, (1, 3), "mean"),
     "MISR conv": lambda: MISR(6, 3, 5, (1, 3), "conv"),
 }
-batches = pytest.mark.parametrize("batch", [1, 3])
 
 
 def test_channels_last_moves_values_only_where_it_must():
@@ -123,26 +122,26 @@ def test_channels_last_moves_values_only_where_it_must():
     assert channels_last(y).data_ptr() == y.data_ptr()
 
 
-@batches
 @pytest.mark.parametrize("make", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_a_convolution_takes_and_gives_either_layout(make, batch):
+def test_a_convolution_takes_and_gives_either_layout(make):
     conv = make().double()
-    x = torch.randn(batch, 4, 17, dtype=torch.float64)
-    expected = type(conv).__base__.forward(conv, x)  # of torch.nn
-    for layout in (channels_last, torch.Tensor.contiguous):
-        y = conv(layout(x))
-        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
-        assert is_channels_last(y) == (layout is channels_last)
+    for batch in (1, 3):  # a dimension of 1 has two layouts
+        x = torch.randn(batch, 4, 17, dtype=torch.float64)
+        expected = type(conv).__base__.forward(conv, x)  # of torch.nn
+        for layout in (channels_last, torch.Tensor.contiguous):
+            y = conv(layout(x))
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+            assert is_channels_last(y) == (layout is channels_last)
 
 
-@batches
 @pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
-def test_a_block_is_the_same_in_both_layouts(make, batch):
+def test_a_block_is_the_same_in_both_layouts(make):
     block = randomise(make()).double()
-    x = torch.randn(batch, 6, 40, dtype=torch.float64, requires_grad=True)
-    last, plain = block(channels_last(x)), block(x)
-    assert (is_channels_last(last), is_channels_last(plain)) == (True, False)
-    assert_same_gradients(last, plain, [x, *block.parameters()])
+    for batch in (1, 3):
+        x = torch.randn(batch, 6, 40, dtype=torch.float64, requires_grad=True)
+        last, plain = block(channels_last(x)), block(x)
+        assert (is_channels_last(last), is_channels_last(plain)) == (True, False)
+        assert_same_gradients(last, plain, [x, *block.parameters()])
 
 
 # -------------------------------------------------------------------------------------- generator
@@ -183,8 +182,8 @@ def upsampling(*kernels: int, rates: tuple[int, ...], istft: tuple = (None, None
         "gen_istft_hop_size": istft[1],
         "hop_size": hop_size,
         "segment_size": 8 * hop_size,
-        "n_fft": 3 * hop_size,
-        "win_size": 3 * hop_size,
+        "n_fft": hop_size + 1024,
+        "win_size": hop_size + 1024,
     }
 
 
@@ -211,8 +210,13 @@ def spread(generator: Generator) -> tuple[float, float]:
     return frame - first / generator.hop_size, stop / generator.hop_size - (frame + 1)
 
 
-@pytest.mark.parametrize("changes", UPSAMPLINGS.values(), ids=UPSAMPLINGS)
-@pytest.mark.parametrize(("config", "fusion"), FUSIONS.values(), ids=FUSIONS)
+@pytest.mark.parametrize(
+    ("config", "fusion", "changes"),
+    [
+        *((*fusion, UPSAMPLINGS["shipped"]) for fusion in FUSIONS.values()),
+        *(("config_v2.json", {}, each) for each in UPSAMPLINGS.values()),
+    ],
+)
 def test_a_frame_is_heard_as_far_as_the_receptive_field_says(config, fusion, changes, tmp_path):
     generator = Generator(toy_config(tmp_path, config, **fusion, **changes))
     back, ahead = spread(generator)
@@ -258,16 +262,18 @@ def test_discriminator_parameter_counts():
 
 
 @pytest.mark.parametrize("config", ALL_CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("frames", [1, 2, 33])
-def test_generator_makes_hop_size_samples_a_frame(config, frames, tmp_path):
+def test_generator_makes_hop_size_samples_a_frame(config, tmp_path):
     h = toy_config(tmp_path, config, upsample_initial_channel=32)
-    wav = Generator(h)(torch.randn(2, h.num_mels, frames))
-    assert wav.shape == (2, 1, frames * h.hop_size)
-    assert wav.abs().max() <= 1
+    generator = Generator(h)
+    for frames in (1, 2, 33):
+        wav = generator(torch.randn(2, h.num_mels, frames))
+        assert wav.shape == (2, 1, frames * h.hop_size)
+        assert wav.abs().max() <= 1 or generator.istft is not None
 
 
-@pytest.mark.parametrize("config", ["config_v2.json", "configs/hifigan_v3.json"])
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize(
+    ("config", "merge"), [("config_v2.json", "conv"), ("configs/hifigan_v3.json", "mean")]
+)
 def test_remove_weight_norm_is_complete_and_changes_nothing(config, merge, tmp_path):
     h = toy_config(tmp_path, config, misr_merge=merge)
     generator = randomise(Generator(h).double())
@@ -330,7 +336,7 @@ def test_hifigan_generator_files_load(tmp_path, version):
     torch.testing.assert_close(generator(mel), original(mel), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("length", [2048, 2049, 4093, 777])
+@pytest.mark.parametrize("length", [2049, 777])
 @pytest.mark.parametrize(
     ("ours", "by_the_book"),
     [

@@ -14,8 +14,8 @@ import inference
 import inference_e2e
 from audio import load_wav
 from checkpoint import NEVER, build_state
-from env import UserError, load_config
-from inference import load_generator, prepare, stream, synthesize
+from env import load_config
+from inference import load_generator, synthesize
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
 from models import Generator
 from tools.stress.soak import soak
@@ -41,17 +41,24 @@ EXTREMES = {
 }
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 
-configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+
+def new_checkpoint(folder: Path, config: str) -> Path:
+    """Writes a toy g_ file of random weights into `folder`, with its config.json."""
+    h = load_config(write_config(folder / "config.json", config))
+    save_checkpoint(folder / "g_00000001", {"generator": Generator(h).state_dict()})
+    return folder / "g_00000001"
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
 def checkpoint(request, tmp_path) -> Path:
-    """A toy g_ file of random weights, with its config.json."""
-    h = load_config(write_config(tmp_path / "cp.json", request.param))
-    (tmp_path / "cp.json").rename(tmp_path / "config.json")
-    save_checkpoint(tmp_path / "g_00000001", {"generator": Generator(h).state_dict()})
-    return tmp_path / "g_00000001"
+    """A toy g_ file of each kind of generator."""
+    return new_checkpoint(tmp_path, request.param)
+
+
+@pytest.fixture
+def misr(tmp_path) -> Path:
+    """The g_ file of one of them, for what does not depend on the model."""
+    return new_checkpoint(tmp_path, "config_v2.json")
 
 
 def vocode(checkpoint: Path, inputs: Path, output_dir: Path, *flags, module=inference_e2e) -> int:
@@ -63,7 +70,7 @@ def vocode(checkpoint: Path, inputs: Path, output_dir: Path, *flags, module=infe
     )
 
 
-@precisions
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_extreme_mels_give_finite_sound_within_bounds(checkpoint, precision, tmp_path):
     generator, h = load_generator(checkpoint, precision=precision)
     (tmp_path / "in").mkdir()
@@ -73,53 +80,33 @@ def test_extreme_mels_give_finite_sound_within_bounds(checkpoint, precision, tmp
         assert wav.isfinite().all()
         assert wav.abs().max() <= (LARGEST_ISTFT if h.uses_istft else 1), name
         np.save(tmp_path / f"in/{name}.npy", mel)
-    for batch_size in (1, 3):
-        flags = ("--precision", precision, "--batch_size", batch_size)
-        assert vocode(checkpoint, tmp_path / "in", tmp_path / "out", *flags) == 0
-        for name in EXTREMES:
-            wav, _ = soundfile.read(tmp_path / f"out/{name}_generated_e2e.wav")
-            assert len(wav) == 30 * h.hop_size
-            assert np.abs(wav).max() < 1
-
-
-@configs
-@precisions
-@pytest.mark.parametrize("value", NOT_FINITE)
-@pytest.mark.parametrize("chunk_frames", [0, 8])
-def test_a_mel_with_one_value_that_is_not_finite_is_refused(
-    config, precision, value, chunk_frames, tmp_path
-):
-    h = toy_config(tmp_path, config)
-    generator = prepare(Generator(h), torch.device("cpu"), precision)
-    mel = torch.zeros(80, 60)
-    mel[11, 59] = value
-    pieces = stream(generator, mel, chunk_frames)
-    with pytest.raises(ValueError, match="mel holds NaN or infinity in frames"):
-        list(pieces)
+    flags = ("--precision", precision, "--batch_size", 3)
+    assert vocode(checkpoint, tmp_path / "in", tmp_path / "out", *flags) == 0
+    for name in EXTREMES:
+        wav, _ = soundfile.read(tmp_path / f"out/{name}_generated_e2e.wav")
+        assert len(wav) == 30 * h.hop_size
+        assert np.abs(wav).max() < 1
 
 
 @pytest.mark.filterwarnings("error")  # a warning would be a second line
 @pytest.mark.parametrize("value", [*NOT_FINITE, 1e39])
-def test_a_mel_file_with_such_a_value_is_named_and_skipped(checkpoint, value, tmp_path, capsys):
+def test_a_mel_file_with_one_value_that_is_not_finite_is_skipped(misr, value, tmp_path, capsys):
     mel = np.zeros((80, 30))
     mel[11, 7] = value
     np.save(tmp_path / "a.npy", mel)
-    assert vocode(checkpoint, tmp_path / "a.npy", tmp_path / "out") == 1
+    assert vocode(misr, tmp_path / "a.npy", tmp_path / "out") == 1
     assert not (tmp_path / "out").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"skipped: {tmp_path / 'a.npy'}: holds values that are NaN or infinite"
 
 
-@precisions
 @pytest.mark.parametrize("value", NOT_FINITE)
-def test_weights_that_are_not_finite_write_nothing(checkpoint, precision, value, tmp_path, capsys):
-    h = load_config(checkpoint.with_name("config.json"))
-    weights = Generator(h).state_dict()
+def test_weights_that_are_not_finite_write_nothing(checkpoint, value, tmp_path, capsys):
+    weights = Generator(load_config(checkpoint.with_name("config.json"))).state_dict()
     weights["conv_pre.bias"][3] = value
     save_checkpoint(checkpoint, {"generator": weights})
     np.save(tmp_path / "a.npy", np.zeros((80, 30)))
-    flags = ("--precision", precision)
-    assert vocode(checkpoint, tmp_path / "a.npy", tmp_path / "out", *flags) == 1
+    assert vocode(checkpoint, tmp_path / "a.npy", tmp_path / "out") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "the waveform is not finite; is the checkpoint good?" in line
     assert list((tmp_path / "out").glob("*")) == []
@@ -159,23 +146,16 @@ def test_silence_in_gives_one_steady_sound_out(checkpoint, tmp_path):
     assert np.abs(hops - hops[0]).max() <= 1 / 32767
 
 
-@pytest.mark.parametrize("level", [1e-6, 1e-3, 1.0])
-def test_any_level_of_sound_is_vocoded(checkpoint, level, tmp_path):
+@pytest.mark.parametrize("level", [1e-6, 1.0])
+def test_any_level_of_sound_is_vocoded(misr, level, tmp_path):
     soundfile.write(tmp_path / "a.wav", level * speech_like(0.3), 22050, subtype="FLOAT")
-    assert vocode(checkpoint, tmp_path / "a.wav", tmp_path / "out", module=inference) == 0
+    assert vocode(misr, tmp_path / "a.wav", tmp_path / "out", module=inference) == 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_noise_can_be_trained_on(precision, tmp_path):
+def test_noise_can_be_trained_on(tmp_path):
     """A few steps of tools/stress/soak.py, which is run by hand for thousands."""
-    state = build_state(toy_config(tmp_path), torch.device("cpu"), precision)
-    seen = soak(state, steps=6, interval=2)
-    assert [step for step, _ in seen] == [2, 4, 6]
+    state = build_state(toy_config(tmp_path), torch.device("cpu"), "bf16")
+    seen = soak(state, steps=4, interval=2)
+    assert [step for step, _ in seen] == [2, 4]
     assert all(2**20 < size < 2**40 for _, size in seen)
     assert int(state.first_bad_step) == NEVER
-
-
-def test_not_finite_sound_is_named(tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.full(3000, np.inf), 22050, subtype="FLOAT")
-    with pytest.raises(UserError, match=r"a\.wav: holds samples that are NaN or infinite"):
-        load_wav(tmp_path / "a.wav", 22050)

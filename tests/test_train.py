@@ -1,43 +1,33 @@
-"""The training loop: its updates against the textbook, its promises on stopping and resuming."""
+"""Training: its updates against the textbook, what is learnt, saved, resumed and shown."""
 
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import launch
 import meldataset
 import monitor
 import train
-from checkpoint import (
-    State,
-    build_state,
-    checkpoint_path,
-    load_checkpoint,
-    paired_steps,
-    resume,
-    save,
-    warm_start,
-)
+from checkpoint import State, build_state, checkpoint_path, paired_steps, resume, save, warm_start
 from env import UserError, load_config
+from loop import StopRequest, count_update, validate
 from meldataset import LogMelSpectrogram, MelDataset
 from models import Generator
 from monitor import BackgroundMetrics
 from tools import textbook
-from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, toy_config, write_config
+from tools.toy import corpus_arguments, run_main, speech_like, toy_config, write_config
+from weights import load_checkpoint, load_weights
 
 CPU = torch.device("cpu")
 
@@ -110,9 +100,12 @@ def state_of(textbook: Textbook, power_iterations: int) -> State:
     state = build_state(textbook.h, CPU)
     for module in (state.generator, state.discriminators, state.mel_loss, state.mel_for_loss):
         module.double()
-    state.generator.load_state_dict(textbook.generator.state_dict())
-    state.discriminators.mpd.load_state_dict(textbook.mpd.state_dict())
-    state.discriminators.msd.load_state_dict(textbook.msd.state_dict())
+    for ours, theirs in (
+        (state.generator, textbook.generator),
+        (state.discriminators.mpd, textbook.mpd),
+        (state.discriminators.msd, textbook.msd),
+    ):
+        load_weights(ours, theirs.state_dict(), "the textbook")
     set_power_iterations(state.discriminators, power_iterations)
     return state
 
@@ -182,18 +175,23 @@ def test_an_update_with_its_own_power_iteration_stays_close(mrf_config):
         assert float(losses["gen_loss_total"]) == pytest.approx(float(loss_g), rel=0.01)
 
 
-def test_without_adversaries_the_mel_loss_alone_moves_the_generator_alone(mrf_config):
-    state = build_state(mrf_config, CPU)
-    mel, wav = (x.float() for x in batch(mrf_config))
+def test_before_adversarial_from_the_mel_loss_alone_moves_the_generator_alone(tmp_path):
+    h = toy_config(
+        tmp_path, "configs/hifigan_v2.json", discriminator_channel_mult=0.02, adversarial_from=1
+    )
+    state = build_state(h, CPU)
+    mel, wav = (x.float() for x in batch(h))
     discriminators = [p.clone() for p in state.discriminators.state_dict().values()]
     with torch.no_grad():
         error = state.mel_loss(state.generator(mel).squeeze(1), wav.squeeze(1))
-    losses = train.training_step(state, mel, wav, adversarial=False)
+    losses = train.training_step(state, mel, wav)
     assert losses.keys() == {"gen_loss_total", "mel_spec_error"}
     torch.testing.assert_close(losses["gen_loss_total"], 45 * error)
     assert all(map(torch.equal, discriminators, state.discriminators.state_dict().values()))
     with torch.no_grad():
         assert state.mel_loss(state.generator(mel).squeeze(1), wav.squeeze(1)) < error
+    state.steps = 1
+    assert "disc_loss_total" in train.training_step(state, mel, wav)
 
 
 def test_the_power_iteration_runs_in_the_discriminator_step_only(tmp_path):
@@ -216,14 +214,17 @@ def test_the_power_iteration_runs_in_the_discriminator_step_only(tmp_path):
 
 
 def test_a_folder_of_hifigan_resumes(mrf_config, tmp_path):
-    """Old key names and optimizers: the next update equals the textbook's next."""
+    """Old key names and optimizers: the next update equals the textbook's next.
+
+    HiFi-GAN saves before it counts: its do_00000007 is of the 8th update.
+    """
     textbook = Textbook(mrf_config, power_iterations=0)
     mel, wav = batch(mrf_config)
     textbook.step(mel, wav)
     textbook.save(tmp_path, steps=7)
     state = state_of(Textbook(mrf_config, power_iterations=0), power_iterations=0)
     assert resume(state, tmp_path)
-    assert (state.steps, state.epoch, state.epoch_step) == (7, 0, 0)
+    assert (state.steps, state.epoch, state.epoch_step) == (8, 0, 0)
     textbook.step(mel, wav)
     train.training_step(state, mel, wav)
     assert_same_weights(state, textbook)
@@ -251,16 +252,50 @@ def test_bf16_is_of_the_convolutions_alone(tmp_path):
 
 
 def test_compiled_models_make_the_same_losses(tmp_path):
-    """Traced as torch.compile does, without its code generator, which would take minutes."""
+    """Traced as torch.compile does, without what then makes code of it, which takes minutes."""
     h = toy_config(tmp_path)
     mel, wav = (x.float() for x in batch(h))
     eager, compiled = build_state(h, CPU), build_state(h, CPU)
     for module in (compiled.generator, compiled.discriminators):
-        module.compile(backend="aot_eager")
-    for _ in range(2):
-        expected = train.training_step(eager, mel, wav)
-        for name, loss in train.training_step(compiled, mel, wav).items():
-            assert float(loss) == pytest.approx(float(expected[name]), rel=1e-5)
+        module.compile(backend="eager")
+    expected = train.training_step(eager, mel, wav)
+    for name, loss in train.training_step(compiled, mel, wav).items():
+        assert float(loss) == pytest.approx(float(expected[name]), rel=1e-5)
+
+
+@pytest.mark.parametrize("adversarial_from", [0, 1])
+@pytest.mark.parametrize("config", ["config_v2.json", "configs/istft_v2.json"])
+def test_an_update_stays_on_its_device(tmp_path, monkeypatch, config, adversarial_from):
+    """As it must on a GPU. The meta device, which has no autocast, refuses tensors of others."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    h = toy_config(tmp_path, config, adversarial_from=adversarial_from)
+    meta = torch.device("meta")
+    state = build_state(h, meta)
+    for name in ("generator", "discriminators"):  # the fused kind is not for this device
+        parameters = getattr(state, name).parameters()
+        setattr(state, f"optim_{name[0]}", torch.optim.AdamW(parameters, h.learning_rate))
+    mel, wav = (x.float().to(meta) for x in batch(h))
+    try:
+        losses = train.update(state, mel, wav)
+    except NotImplementedError as error:  # of weight norm, in PyTorch 2.7
+        pytest.skip(str(error))
+    count_update(state, losses, steps_per_epoch=2)
+    assert all(loss.device == meta for loss in losses.values())
+    assert ("disc_loss_total" in losses) == (adversarial_from == 0)
+    assert state.first_bad_step.device == meta
+
+
+def test_one_clip_can_be_learnt_by_heart(tmp_path):
+    """In 120 updates its mel error falls to a quarter, below its distance from a similar clip."""
+    h = toy_config(tmp_path, adversarial_from=120, learning_rate=0.003, segment_size=8192)
+    state = build_state(h, CPU)
+    wav, similar = (torch.from_numpy(speech_like(0.5, seed=seed)[:8192])[None] for seed in (0, 1))
+    mel = state.mel_for_loss(wav)
+    errors = [
+        float(train.training_step(state, mel, wav[None])["mel_spec_error"]) for _ in range(120)
+    ]
+    assert errors[-1] < errors[0] / 4
+    assert errors[-1] < float((mel - state.mel_for_loss(similar)).abs().mean())
 
 
 def test_the_learning_rate_decays_exponentially(tmp_path):
@@ -296,18 +331,6 @@ class Run:
             *(arguments or ("--checkpoint_interval", 1)),
         )
 
-    def start(self, *arguments) -> subprocess.Popen:
-        """The same as a process of its own."""
-        command = [sys.executable, "train.py", *self.arguments, "--checkpoint_path", self.folder]
-        return subprocess.Popen(
-            [*command, *map(str, arguments)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("*_0*"))
 
@@ -321,6 +344,11 @@ def contents(folder, steps: int) -> dict:
     return {p: load_checkpoint(checkpoint_path(folder, p, steps)) for p in ("g", "do")}
 
 
+def equal_but_meta(a: dict, b: dict) -> bool:
+    """Of the contents of two runs, whose commands differ: all else, bit for bit."""
+    return equal(*({"g": each["g"], "do": each["do"] | {"meta": None}} for each in (a, b)))
+
+
 def equal(a, b) -> bool:
     """Bit for bit."""
     if isinstance(a, dict):
@@ -330,58 +358,37 @@ def equal(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def wait_for(path, process) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_resuming_is_exact(run, tmp_path):
-    """6 steps equal 3, a kill, and 3 more, an epoch's end among them; workers change nothing."""
+    """6 steps equal 3, and 3 more, an epoch's end among them; workers change nothing."""
     assert run(6, folder=tmp_path / "straight") == 0
     write_config(run.config, num_workers=1)
-    process = run.start("--training_steps", 1000, "--checkpoint_interval", 3)
-    wait_for(checkpoint_path(run.folder, "g", 3), process)
-    process.kill()
-    process.communicate()
-    for name in run.names():
-        if int(name[-8:]) > 3:
-            (run.folder / name).unlink()
+    assert run(3) == 0
+    write_config(run.config)
     assert run(6) == 0
-    assert equal(contents(run.folder, 6), contents(tmp_path / "straight", 6))
+    assert equal_but_meta(contents(run.folder, 6), contents(tmp_path / "straight", 6))
 
 
-def test_adversaries_begin_at_a_step_across_resumes(run, tmp_path, capsys):
-    """With --adversarial_from 2, steps 1 and 2 have no discriminator loss, 3 and 4 have one."""
-    flags = ("--adversarial_from", 2, "--stdout_interval", 1, "--summary_interval", 1)
-    assert run(4, *flags, folder=tmp_path / "straight") == 0
+def test_the_recipe_is_the_config_s_and_what_changes_is_said(run, capsys):
+    """With `adversarial_from` 2, updates 1 and 2 have no discriminator loss, whatever the flags."""
+    write_config(run.config, adversarial_from=2)
+    for steps in (1, 3):
+        assert run(steps, "--stdout_interval", 1) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Steps : ")]
-    assert ["Disc Loss Total" in line for line in lines] == [False, False, True, True]
-    for steps in (1, 3, 4):
-        assert run(steps, *flags) == 0
-    assert equal(contents(run.folder, 4), contents(tmp_path / "straight", 4))
-
-
-def test_resuming_really_continues(run, tmp_path):
-    """A changed tensor in the checkpoint changes the result."""
-    run(3)
-    for prefix in ("g", "do"):
-        shutil.copytree(run.folder, tmp_path / prefix)
-        file = checkpoint_path(tmp_path / prefix, prefix, 3)
-        checkpoint = load_checkpoint(file)
-        if prefix == "g":
-            checkpoint["generator"]["conv_pre.bias"] += 0.1
-        else:
-            checkpoint["optim_g"]["state"][0]["exp_avg"] += 0.1
-        save_checkpoint(file, checkpoint)
-    results = []
-    for folder in (run.folder, tmp_path / "g", tmp_path / "do"):
-        run(4, folder=folder)
-        results.append(contents(folder, 4)["g"])
-    assert not equal(results[0], results[1])
-    assert not equal(results[0], results[2])
+    assert ["Disc Loss Total" in line for line in lines] == [False, False, True]
+    meta = contents(run.folder, 3)["do"]["meta"]
+    assert meta.keys() == {"version", "commit", "torch", "command", "config"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", meta["version"])
+    assert meta["torch"] == torch.__version__
+    assert meta["commit"]
+    assert meta["command"].startswith("train.py --input_wavs_dir ")
+    assert meta["command"].endswith("--training_steps 3 --stdout_interval 1")
+    assert meta["config"] == run.config.read_text()
+    write_config(run.config, lr_decay=0.5)  # and without adversarial_from
+    assert run(4) == 0
+    said = capsys.readouterr().out
+    assert "changed since then: adversarial_from 2 -> 0; lr_decay 0.999 -> 0.5\n" in said
+    assert run(5) == 0
+    assert "changed since then" not in capsys.readouterr().out
 
 
 def test_steps_and_epochs_bound_a_run(run, capsys):
@@ -393,15 +400,6 @@ def test_steps_and_epochs_bound_a_run(run, capsys):
     assert run.names() == ["do_00000004", "g_00000004"]
 
 
-def test_only_the_newest_optimizer_files_stay(run):
-    """What a damaged, newer file is worth does not count."""
-    run.folder.mkdir()
-    checkpoint_path(run.folder, "do", 99).touch()
-    run(5, "--checkpoint_interval", 1, "--keep_checkpoints", 2)
-    newest = ["do_00000004", "do_00000005", "do_00000099"]
-    assert run.names() == [*newest, *(f"g_0000000{i}" for i in range(1, 6))]
-
-
 def test_a_corpus_may_shrink(run, corpus, tmp_path):
     """The epoch ends where the smaller corpus has no more steps, for the data and the count."""
     (tmp_path / "short.txt").write_text("clip0\nclip1\n")
@@ -411,25 +409,19 @@ def test_a_corpus_may_shrink(run, corpus, tmp_path):
     assert [contents(run.folder, 2)["do"][key] for key in ("epoch", "epoch_step")] == [2, 0]
 
 
-def test_leftovers_of_killed_saves_are_removed(run):
-    run.folder.mkdir()
-    (run.folder / ".do_00000007.abc.tmp").touch()
-    run(1)
-    assert not list(run.folder.glob(".*.tmp"))
-
-
-@pytest.mark.parametrize("prefix", ["g", "do"])
-@pytest.mark.parametrize("damage", [b"", b"text", None])
-def test_a_damaged_checkpoint_is_named_and_skipped(run, capsys, prefix, damage):
+def test_a_damaged_checkpoint_is_named_and_skipped(run, capsys):
     run(2)
-    file = checkpoint_path(run.folder, prefix, 2)
-    damaged = file.read_bytes()[:-2000] if damage is None else damage
-    file.write_bytes(damaged)
-    state = build_state(load_config(run.config), CPU)
-    assert resume(state, run.folder)
-    assert state.steps == 1
-    assert f"skipped: {file}" in capsys.readouterr().out
-    assert file.read_bytes() == damaged
+    for prefix, damage in itertools.product(("g", "do"), (b"", b"text", None)):
+        file = checkpoint_path(run.folder, prefix, 2)
+        whole = file.read_bytes()
+        damaged = whole[:-2000] if damage is None else damage
+        file.write_bytes(damaged)
+        state = build_state(load_config(run.config), CPU)
+        assert resume(state, run.folder)
+        assert state.steps == 1
+        assert f"skipped: {file}" in capsys.readouterr().out
+        assert file.read_bytes() == damaged
+        file.write_bytes(whole)
 
 
 def test_nothing_is_lost_where_nothing_can_be_resumed(run):
@@ -443,39 +435,12 @@ def test_nothing_is_lost_where_nothing_can_be_resumed(run):
     assert run.names() == ["g_00000001"]
 
 
-def test_a_lone_do_of_an_interrupted_first_save_starts_anew(run):
-    run(1)
-    expected = contents(run.folder, 1)
-    checkpoint_path(run.folder, "g", 1).unlink()
-    run(1)
-    assert equal(contents(run.folder, 1), expected)
-
-
 def test_a_checkpoint_of_another_model_is_an_error(run):
     run(1)
     (run.folder / "config.json").unlink()  # which would have told
     write_config(run.config, upsample_initial_channel=32)
     with pytest.raises(UserError, match=r"g_00000001: does not fit the config: .*size mismatch"):
         run(2)
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops(run, number, status):
-    """Also where the whole group of processes gets it, and SIGINT the data workers by name."""
-    write_config(run.config, num_workers=1)
-    process = run.start("--stdout_interval", 1, "--training_steps", 100_000)
-    lines = iter(process.stdout.readline, "")
-    next(line for line in lines if line.startswith("Steps : 2,"))
-    for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(worker), signal.SIGINT)
-    os.killpg(process.pid, number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == status, output
-    assert "Traceback" not in output
-    (steps,) = {int(name[-8:]) for name in run.names()}
-    assert steps >= 2
-    assert f"after step {steps}, saved" in output
-    assert run(steps + 1) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
@@ -504,7 +469,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 def test_validation_leaves_training_untouched(run, tmp_path):
     run(4, "--validation_interval", 1)
     run(4, "--validation_interval", 100, folder=tmp_path / "without")
-    assert equal(contents(run.folder, 4), contents(tmp_path / "without", 4))
+    assert equal_but_meta(contents(run.folder, 4), contents(tmp_path / "without", 4))
 
 
 def test_validation_is_the_mean_mel_error_of_whole_clips(run, corpus):
@@ -518,7 +483,7 @@ def test_validation_is_the_mean_mel_error_of_whole_clips(run, corpus):
 
     shown = Shown()
     random_state = torch.get_rng_state()
-    error = train.validate(state, clips, shown)
+    error = validate(state, clips, shown, StopRequest())
     assert torch.equal(random_state, torch.get_rng_state())
     assert state.generator.training
     assert shown == [(0, True), (1, True)]
@@ -538,6 +503,9 @@ def test_tensorboard_is_purged_back_to_the_checkpoint(run):
     events = EventAccumulator(str(run.folder / "logs"))
     events.Reload()
     tags = events.Tags()
+    # Where lines on the terminal are rarer than entries, too, each has a speed of its own.
+    speeds = [event.value for event in events.Scalars("training/steps_per_second")]
+    assert len(set(speeds)) == 4 and min(speeds) > 0
     steps = [event.step for event in events.Scalars("training/gen_loss_total")]
     assert steps == [1, 2, 3, 4]
     assert {
@@ -558,7 +526,7 @@ def test_eval_metrics_are_measured_beside_training(run, capsys):
         (event,) = events.Scalars(tag)
         assert event.step == 1
         assert np.isfinite(event.value)
-    assert "Steps : 1, Validation metrics : mel_l1 " in capsys.readouterr().out
+    assert re.search(r"Steps : 1, Validation metrics : .*mel_l1 \d", capsys.readouterr().out)
     (mel_error, _) = events.Scalars("validation/mel_spec_error")
     assert events.Scalars("validation/mel_l1")[0].value == pytest.approx(mel_error.value, rel=1e-2)
 
@@ -594,15 +562,6 @@ def test_a_killed_measurement_is_named_and_training_goes_on(tmp_path, capsys):
     metrics.close()
 
 
-def test_the_speed_of_each_entry_is_its_own(run):
-    """Also where lines on the terminal are rarer."""
-    run(3, "--summary_interval", 1, "--stdout_interval", 100)
-    events = EventAccumulator(str(run.folder / "logs"))
-    events.Reload()
-    speeds = [event.value for event in events.Scalars("training/steps_per_second")]
-    assert len(set(speeds)) == 3 and min(speeds) > 0
-
-
 def test_a_validation_clip_too_long_for_the_memory_ends_the_run_saved(run, monkeypatch):
     forward = Generator.forward
 
@@ -626,7 +585,7 @@ def test_the_config_of_a_run_is_the_one_it_began_with(run, monkeypatch):
         write_config(run.config, fmax=4000)
         return MelDataset(*arguments)
 
-    monkeypatch.setattr(train, "MelDataset", edited_meanwhile)
+    monkeypatch.setattr(launch, "MelDataset", edited_meanwhile)
     run(1)
     assert (run.folder / "config.json").read_bytes() == text
 
@@ -648,46 +607,22 @@ def test_fine_tuning(run, corpus, tmp_path):
     )
     mel = np.load(mels / "clip0.npy")
     np.save(mels / "clip0.npy", np.pad(mel, ((0, 0), (0, 1)), mode="edge")[None])
-    run(2)
+    run(1)
     fine_tuning = ("--fine_tuning", "True", "--input_mels_dir", mels)
-    assert run(4, *fine_tuning, "--validation_interval", 1) == 0
-    run(4, "--fine_tuning", "false", folder=tmp_path / "not_tuned")
-    assert not equal(contents(run.folder, 4)["g"], contents(tmp_path / "not_tuned", 4)["g"])
+    assert run(3, *fine_tuning, "--validation_interval", 1) == 0
     np.save(mels / "clip0.npy", mel.T)
     with pytest.raises(UserError, match=r"clip0\.npy: .*looks transposed"):
         run(8, *fine_tuning)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_unusable_clip_is_one_line_and_loses_nothing(run, corpus, tmp_path, num_workers):
-    write_config(run.config, num_workers=num_workers)
-    wavs = tmp_path / "wavs"
-    shutil.copytree(corpus / "wavs", wavs)
-    first, second = itertools.islice(meldataset.EndlessBatches(5, load_config(run.config)), 2)
-    broken = wavs / f"clip{({i for _, i in second} - {i for _, i in first}).pop()}.wav"
-    soundfile.write(broken, np.full(9999, np.nan), 22050, subtype="FLOAT")
-    process = run.start("--input_wavs_dir", wavs, "--training_steps", 1000)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 1
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert line == f"error: {broken}: holds samples that are NaN or infinite"
-    assert "Traceback" not in output
-    assert run.names() == ["do_00000001", "g_00000001"]
-
-
-def test_a_file_that_is_no_audio_is_found_at_the_start(run, corpus, tmp_path):
+@pytest.mark.parametrize("clip", ["clip3", "clip6"])
+def test_a_file_that_is_no_audio_is_found_at_the_start(run, corpus, tmp_path, clip):
+    """One to train on, by its header, and one to validate with."""
     shutil.copytree(corpus / "wavs", tmp_path / "wavs")
-    (tmp_path / "wavs" / "clip3.wav").write_text("not a wav")
-    with pytest.raises(UserError, match=r"clip3\.wav: cannot be read as audio"):
+    (tmp_path / "wavs" / f"{clip}.wav").write_text("not a wav")
+    with pytest.raises(UserError, match=rf"{clip}\.wav: cannot be read as audio"):
         run(1, "--input_wavs_dir", tmp_path / "wavs")
-
-
-def test_an_unusable_validation_clip_is_found_at_the_start(run, corpus, tmp_path):
-    shutil.copytree(corpus / "wavs", tmp_path / "wavs")
-    (tmp_path / "wavs" / "clip6.wav").write_text("not a wav")
-    with pytest.raises(UserError, match=r"clip6\.wav: cannot be read as audio"):
-        run(1, "--input_wavs_dir", tmp_path / "wavs")
-    assert not run.folder.exists()
+    assert not run.names()
 
 
 def test_fewer_clips_than_a_batch_is_an_error(run):
@@ -721,8 +656,9 @@ def test_warm_start_takes_what_fits(run, tmp_path, capsys):
     ):
         torch.testing.assert_close(ours.weight, theirs.weight.float())
     output = capsys.readouterr().out
-    assert "g_00000009: generator: 6 of" in output
-    assert "resblocks.0.convs1.0" in output
+    taken = r"g_00000009: generator: 30 of 34 layers taken, the shared blocks from its resblocks \d"
+    assert re.search(taken, output)
+    assert "not taken: resblocks.0.input_conv" in output
     assert "do_00000009: msd: 24 of 24 layers taken\n" in output
     assert state.steps == 0
 

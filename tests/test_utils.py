@@ -1,37 +1,38 @@
-"""Files in and out, checkpoints and the command line: nothing is lost, and errors name the file."""
+"""The command line, files that are whole or absent, jobs: nothing is lost, errors name the file."""
 
 import argparse
+import io
 import os
-import pickle
 import resource
+import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
+import utils
 from audio import write_npy, write_wav
-from checkpoint import (
-    checkpoint_path,
-    checkpoint_steps,
-    load_checkpoint,
-    load_matching,
-    load_optimizer,
-    load_weights,
-    paired_steps,
-)
 from env import UserError
-from tools.toy import ROOT, save_checkpoint
-from utils import Job, boolean, command_line, plan_outputs, positive, process_files, replacing
+from tools.toy import ROOT
+from utils import (
+    Tally,
+    WriteError,
+    boolean,
+    command_line,
+    find_file,
+    find_files,
+    plan_outputs,
+    positive,
+    replacing,
+)
 
 
 def write_files(folder: Path, *names: str) -> None:
@@ -50,42 +51,6 @@ def full_disk(size: int = 1000):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-# --- Waveforms
-
-
-@pytest.mark.parametrize(
-    "value, pcm",
-    [
-        (0.0, 0),
-        (1.0, 32767),
-        (-1.0, -32767),
-        (0.4 / 32767, 0),
-        (0.6 / 32767, 1),
-        (-0.6 / 32767, -1),
-        (1.0001, 32767),
-        (-1.0001, -32767),
-        (2.5, 32767),
-        (-2.5, -32767),
-        (1e6, 32767),
-        (-1e6, -32767),
-    ],
-)
-def test_a_sample_is_clamped_and_rounded(tmp_path, value, pcm):
-    write_wav(tmp_path / "a.wav", [torch.tensor([value])], sampling_rate=22050)
-    samples, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
-    assert samples.tolist() == [pcm]
-
-
-def test_a_wav_is_mono_pcm_16_within_half_a_step(tmp_path):
-    wav = torch.rand(4000) * 2 - 1
-    write_wav(tmp_path / "a.wav", [wav], sampling_rate=24000)
-    info = soundfile.info(tmp_path / "a.wav")
-    assert (info.format, info.subtype, info.channels) == ("WAV", "PCM_16", 1)
-    assert (info.samplerate, info.frames) == (24000, 4000)
-    pcm, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
-    assert np.abs(pcm - 32767 * wav.double().numpy()).max() <= 0.501
 
 
 # --- Whole files or none
@@ -134,9 +99,8 @@ def test_an_unwritable_place_is_named(tmp_path, place):
 
 
 WRITERS = {
-    "write_wav": lambda path: write_wav(path, [torch.zeros(10_000)], sampling_rate=22050),
+    "write_wav": lambda path: write_wav(path, torch.zeros(10_000), sampling_rate=22050),
     "write_npy": lambda path: write_npy(path, np.zeros(10_000)),
-    "save_checkpoint": lambda path: save_checkpoint(path, {"generator": torch.zeros(10_000)}),
 }
 
 
@@ -223,242 +187,130 @@ def test_a_missing_folder_is_named(tmp_path):
     assert str(error.value) == f"{tmp_path / 'in'}: no such file or folder"
 
 
+# --- What lies in a folder
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    write_files(tmp_path, "in/a.wav", "in/real/b.wav", "elsewhere/c.wav", "elsewhere/deep/d.wav")
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/twin").symlink_to("real")  # a second name of one folder is no loop
+    (tmp_path / "in/loop").symlink_to(".")
+    (tmp_path / "elsewhere/deep/back").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere/self").symlink_to("self")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path / "in")]
+    names = ["a.wav", "link/c.wav", "link/deep/d.wav", "link/self", "real/b.wav", "twin/b.wav"]
+    assert found == [f"in/{name}" for name in names]
+
+
+def test_a_folder_may_itself_be_a_link(tmp_path):
+    write_files(tmp_path, "real/sub/a.wav")
+    (tmp_path / "in").symlink_to("real")
+    assert list(planned(tmp_path)) == ["in/sub/a.wav"]
+
+
+def test_what_is_no_file_is_left_out_but_a_link_to_nothing_is_not(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")  # to read it would wait for ever
+    (tmp_path / "gone.wav").symlink_to("nowhere.wav")
+    assert [path.name for path in find_files(tmp_path)] == ["gone.wav"]
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_searched(
+    tmp_path, monkeypatch, capsys
+):
+    write_files(tmp_path, "a/1.wav", "b/2.wav")
+    scan = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "a":
+            raise PermissionError(13, "Permission denied")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [path.name for path in find_files(tmp_path)] == ["2.wav"]
+    said = f"{tmp_path / 'a'}: passed over, cannot be read (Permission denied)\n"
+    assert capsys.readouterr().out == said
+
+
+NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(
+    "there, asked",
+    [
+        ("a.wav", "a"),
+        ("a.WAV", "a"),
+        ("a.Wav", "a"),
+        ("a.wAV", "a"),
+        ("a.Wav", "a.wav"),
+        ("a.wav", "a.wav"),
+        ("a.wav.flac", "a.wav"),
+        ("a.flac", "a"),
+        ("a.b.Wav", "a.b"),
+        (f"{NFD}.wav", NFC),
+        (f"{NFC}.wav", NFD),
+        (f"{NFD}.Flac", NFC),
+        (f"{NFD}.wav", f"{NFC}.wav"),
+        (f"{NFD}/x/{NFC}.wav", f"{NFC}/x/{NFD}"),
+        (f"{NFD}/a.wav", f"./{NFC}/../{NFC}/a"),
+    ],
+)
+def test_a_file_is_found_however_accents_and_extensions_are_written(tmp_path, there, asked):
+    write_files(tmp_path / "in", there)
+    found = find_file(tmp_path / "in", asked, (".wav", ".flac"))
+    assert (tmp_path / "in" / found).read_text() == there
+    outside = find_file(tmp_path / "out", f"{tmp_path}/in/{asked}", (".wav", ".flac"))
+    assert Path(outside).read_text() == there
+
+
+@pytest.mark.parametrize("asked", ["b", "A", "a/a", f"{NFC}", "", "a.txt", "sub", "sub.wav", "/a"])
+def test_another_file_is_not_found(tmp_path, asked):
+    write_files(tmp_path, "a.Wav", "a.txt", "sub.wav/b.flac", "e.wav", "sub/a.wav")
+    assert find_file(tmp_path, asked, (".wav", ".flac")) is None
+
+
+def test_the_first_extension_is_taken_and_the_very_name_before_its_likes(tmp_path):
+    write_files(tmp_path, "a.flac", "a.WAV", "a.Wav", f"{NFC}.wav", f"{NFD}.wav")
+    assert find_file(tmp_path, "a", (".wav", ".flac")) == "a.flac"  # as it always was
+    assert [find_file(tmp_path, name, (".wav",)) for name in (NFC, NFD)] == [
+        f"{NFC}.wav",
+        f"{NFD}.wav",
+    ]
+
+
+# --- Counting
+
+
 @pytest.mark.parametrize("bad, status", [((), 0), (("b",), 1), (("a", "b", "c"), 1)])
 def test_a_bad_file_is_named_and_the_others_are_done(bad, status, capsys):
     done = []
-
-    def process(batch: list[Job]) -> Iterator[UserError]:
-        for job in batch:
-            if job.source.name in bad:
-                yield UserError(f"{job.source}: broken")
-            else:
-                done.append(job)
-
-    jobs = [Job(Path("in", name), Path("out", name)) for name in "abc"]
-    assert process_files([jobs[:2], jobs[2:]], process) == status
-    assert done == [job for job in jobs if job.source.name not in bad]
+    with Tally(3) as tally:
+        for name in "abc":
+            with tally.skipping():
+                if name in bad:
+                    raise UserError(f"in/{name}: broken")
+                done.append(name)
+                tally.written()
+    assert tally.status == status
+    assert done == [name for name in "abc" if name not in bad]
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [f"skipped: in/{name}: broken" for name in bad]
-    assert f"{3 - len(bad)} files written" in printed.out
-    assert (f"{len(bad)} skipped" in printed.out) == bool(bad)
+    skipped = f", {len(bad)} skipped" if bad else ""
+    assert printed.out == f"{3 - len(bad)} files written{skipped}\n"
 
 
-# --- Checkpoints
+@pytest.mark.parametrize("error", [WriteError("out/b: full"), ValueError("a bug")])
+def test_what_the_next_file_would_meet_too_ends_the_command(error, capsys):
+    with pytest.raises(type(error), match=str(error)), Tally(3) as tally, tally.skipping():
+        raise error
+    assert "written" not in capsys.readouterr().out
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    contents = {
-        "generator": {"a.weight": torch.randn(3, 4), "a.bias": torch.randn(3).double()},
-        "steps": 5000,
-        "rates": [1e-4, 2.5],
-        "name": "toy",
-    }
-    save_checkpoint(tmp_path / "g", contents)
-    loaded = load_checkpoint(tmp_path / "g")
-    weights = loaded.pop("generator")
-    assert loaded == {key: contents[key] for key in ("steps", "rates", "name")}
-    assert weights.keys() == contents["generator"].keys()
-    for key, value in contents["generator"].items():
-        torch.testing.assert_close(weights[key], value, rtol=0, atol=0)
-
-
-def missing(path: Path) -> None:
-    pass
-
-
-def a_folder(path: Path) -> None:
-    path.mkdir()
-
-
-def empty(path: Path) -> None:
-    path.touch()
-
-
-def random_bytes(path: Path) -> None:
-    path.write_bytes(np.random.default_rng(0).bytes(5000))
-
-
-def text(path: Path) -> None:
-    path.write_text("<!DOCTYPE html>\n<title>404. Not found.</title>\n")
-
-
-def truncated(path: Path) -> None:
-    save_checkpoint(path, {"generator": torch.zeros(1000)})
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def no_dictionary(path: Path) -> None:
-    torch.save(torch.zeros(3), path)
-
-
-@pytest.mark.parametrize(
-    "make", [missing, a_folder, empty, random_bytes, text, truncated, no_dictionary]
-)
-def test_an_unusable_checkpoint_is_named(tmp_path, make):
-    path = tmp_path / "g_00000001"
-    make(path)
-    with pytest.raises(UserError) as error:
-        load_checkpoint(path)
-    assert str(error.value).startswith(f"{path}: ")
-
-
-class Touch:
-    """Unpickles into a new file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def zipped(contents, path: Path) -> None:
-    torch.save(contents, path)
-
-
-def legacy(contents, path: Path) -> None:
-    torch.save(contents, path, _use_new_zipfile_serialization=False)
-
-
-def pickled(contents, path: Path) -> None:
-    path.write_bytes(pickle.dumps(contents, protocol=2))
-
-
-@pytest.mark.parametrize("save", [zipped, legacy, pickled])
-def test_code_in_a_checkpoint_is_not_run(tmp_path, save):
-    path, trace = tmp_path / "g_00000001", tmp_path / "trace"
-    save({"generator": Touch(trace)}, path)
-    if save is pickled:
-        pickle.loads(path.read_bytes())
-    else:
-        torch.load(path, weights_only=False)
-    trace.unlink()  # so the code is there, and works
-    with pytest.raises(UserError) as error:
-        load_checkpoint(path)
-    assert str(error.value).startswith(f"{path}: not a readable checkpoint")
-    assert not trace.exists()
-
-
-def layers(a: int, b: int) -> nn.Module:
-    """Two normalised convolutions, `0` and `1`, of a and b channels."""
-    return nn.Sequential(weight_norm(nn.Conv1d(1, a, 3)), weight_norm(nn.Conv1d(1, b, 3)))
-
-
-def test_weights_are_taken_whole():
-    source, target = layers(2, 3), layers(2, 3)
-    load_weights(target, source.state_dict(), "g_00000001")
-    for key, value in source.state_dict().items():
-        assert torch.equal(target.state_dict()[key], value)
-
-
-@pytest.mark.parametrize(
-    "weights, difference",
-    [
-        (layers(2, 4).state_dict(), "1.bias"),
-        ({k: v for k, v in layers(2, 3).state_dict().items() if k != "0.bias"}, "0.bias"),
-        (layers(2, 3).state_dict() | {"2.bias": torch.zeros(1)}, "2.bias"),
-        (layers(2, 3).state_dict() | {"0.bias": "text"}, "0.bias"),
-        ([1, 2], "list"),
-        (None, "None"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(weights, difference):
-    with pytest.raises(UserError) as error:
-        load_weights(layers(2, 3), weights, "cp/g_00000001")
-    message = str(error.value)
-    assert message.startswith("cp/g_00000001: does not fit the config: ")
-    assert difference in message
-    assert "\n" not in message
-
-
-def trained(learning_rate: float, shapes=((2, 3), (4,))) -> torch.optim.Optimizer:
-    """An optimizer after two updates of parameters of these shapes."""
-    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.8, 0.99))
-    for _ in range(2):
-        for param in params:
-            param.grad = torch.randn_like(param)
-        optimizer.step()
-    return optimizer
-
-
-def test_an_optimizer_gets_the_moments_and_keeps_its_rate():
-    source, target = trained(0.1), trained(0.001)
-    load_optimizer(target, source.state_dict(), "do_00000002")
-    assert target.param_groups[0]["lr"] == 0.001
-    pairs = zip(source.param_groups[0]["params"], target.param_groups[0]["params"], strict=True)
-    for theirs, ours in pairs:
-        for name in ("step", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(target.state[ours][name], source.state[theirs][name])
-
-
-def without(key: str) -> dict:
-    return {k: v for k, v in trained(0.1).state_dict().items() if k != key}
-
-
-@pytest.mark.parametrize(
-    "saved",
-    [
-        trained(0.1, shapes=((2, 3),)).state_dict(),
-        trained(0.1, shapes=((2, 3), (4,), (1,))).state_dict(),
-        trained(0.1, shapes=((4,), (2, 3))).state_dict(),
-        without("param_groups"),
-        without("state"),
-        {"state": None, "param_groups": trained(0.1).state_dict()["param_groups"]},
-        {"state": {}, "param_groups": []},
-        [],
-        None,
-    ],
-    ids=["fewer", "more", "swapped", "no groups", "no state", "null", "no group", "list", "none"],
-)
-def test_moments_that_do_not_fit_are_named(saved):
-    with pytest.raises(UserError) as error:
-        load_optimizer(trained(0.001), saved, "cp/do_00000002")
-    assert str(error.value).startswith("cp/do_00000002: its optimizer does not fit the config")
-
-
-def test_matching_layers_are_taken_and_the_rest_is_named():
-    target, source = layers(2, 3), layers(2, 4)  # layer 1 differs
-    before = {key: value.clone() for key, value in target.state_dict().items()}
-    weights = source.state_dict() | {"2.bias": torch.zeros(1)}
-    assert load_matching(target, weights) == (["0"], ["1", "2"])
-    for key, value in target.state_dict().items():
-        assert torch.equal(value, weights[key] if key.startswith("0.") else before[key])
-
-
-def test_a_layer_is_taken_whole_or_not_at_all():
-    target, weights = layers(2, 3), layers(2, 3).state_dict()
-    before = {key: value.clone() for key, value in target.state_dict().items()}
-    weights["1.bias"] = torch.zeros(7)  # its weight would match
-    assert load_matching(target, weights) == (["0"], ["1"])
-    for key, value in target.state_dict().items():
-        assert torch.equal(value, weights[key] if key.startswith("0.") else before[key])
-
-
-# --- Which checkpoints there are
-
-JUNK = (
-    *("g_", "g_5", "g_0000005", "g_0000000x", "g_00000005.tmp", "xg_00000005", ".g_00000005.a.tmp"),
-    *("config.json", "logs", "do_latest", "G_00000005", "g_-0000005", "g_00000005 (1)"),
-)
-
-
-def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path):
-    steps = (99_999_999, 100_000_000, 5, 20_000)
-    write_files(tmp_path, *(checkpoint_path("", "g", each).name for each in steps), *JUNK)
-    write_files(tmp_path, "do_00000007", "do_00020000", "do_00000005", "do_100000000")
-    assert checkpoint_steps(tmp_path, "g") == [5, 20_000, 99_999_999, 100_000_000]
-    assert checkpoint_steps(tmp_path, "do") == [5, 7, 20_000, 100_000_000]
-    assert paired_steps(tmp_path) == [5, 20_000, 100_000_000]
-
-
-def test_no_folder_holds_no_checkpoints(tmp_path):
-    assert checkpoint_steps(tmp_path / "none", "g") == []
-    assert paired_steps(tmp_path / "none") == []
-
-
-def test_a_checkpoint_has_hifigan_s_name():
-    assert checkpoint_path("cp", "g", 5000) == Path("cp/g_00005000")
+def test_sigterm_unwinds_the_stack_while_files_are_made_and_then_is_as_before():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, Tally(1):
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # --- The command line
@@ -498,26 +350,10 @@ def test_a_script_exits_with_its_status(status):
     assert end.value.code == status
 
 
-class BrokenClips(torch.utils.data.Dataset):
-    """Fails as a data worker does that meets a broken clip."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int):
+def test_an_error_of_the_user_is_one_line(capsys):
+    def main():
         raise UserError("clip.wav: broken\n  at\tframe: 7")
 
-
-def in_this_process():
-    BrokenClips()[0]
-
-
-def in_a_worker():
-    next(iter(torch.utils.data.DataLoader(BrokenClips(), num_workers=1)))
-
-
-@pytest.mark.parametrize("main", [in_this_process, in_a_worker])
-def test_an_error_of_the_user_is_one_line(main, capsys):
     with pytest.raises(SystemExit) as end:
         command_line(main)
     assert end.value.code == 1
@@ -530,6 +366,96 @@ def test_any_other_error_keeps_its_traceback():
 
     with pytest.raises(ValueError, match="a bug"):
         command_line(main)
+
+
+class NotebookStream(io.StringIO):
+    """As ipykernel's: neither `reconfigure` nor, for a part of them, a file descriptor."""
+
+
+@pytest.mark.parametrize("stream", [NotebookStream(), None], ids=["notebook", "service"])
+def test_a_command_needs_no_terminal_and_no_streams(monkeypatch, stream):
+    """`%run inference.py` in Jupyter; a service that was started without streams."""
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def main():
+        with Tally(1) as tally, tally.skipping():
+            raise UserError("a: broken")
+        return tally.status
+
+    with pytest.raises(SystemExit) as end:
+        command_line(main)
+    assert end.value.code == 1
+    if stream is not None:
+        assert stream.getvalue() == "skipped: a: broken\n0 files written, 1 skipped\n"
+
+
+def test_a_library_call_may_have_something_to_say_in_a_service(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    utils.say("something")
+
+
+COMMAND = """
+from env import UserError
+from utils import Tally, command_line, say
+def main():
+    with Tally(2) as tally:
+        for name in "ab":
+            with tally.skipping():
+                say(name)
+                raise UserError(name)
+    return tally.status
+command_line(main)
+"""
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&1 | true", ">/dev/full 2>/dev/full"])
+def test_closed_streams_and_readers_that_leave_do_not_end_a_command(streams):
+    """A pipe's reader has left, a disk is full: status 1 is that of the skipped files."""
+    shell = f"{sys.executable} -c '{COMMAND}' {streams}; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "Exception ignored" not in run.stderr
+
+
+NO_HOME = """
+import os, sys, utils
+import librosa.filters, matplotlib.figure, matplotlib.font_manager
+librosa.filters.mel(sr=22050, n_fft=512, n_mels=10)
+print({os.environ.get(name) for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR")}.pop())
+"""
+
+
+def test_caches_have_a_place_where_there_is_no_home(tmp_path):
+    """Numba would refuse to load, were librosa's own folder not writable either."""
+    write_files(tmp_path, "file")
+    homes = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), f"{tmp_path}/file/home")
+    environment = homes | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", NO_HOME]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(f"{tmp_path}/misrnet_")
+    assert os.listdir(tmp_path) == ["file"]  # and it is gone
+
+
+@pytest.mark.parametrize("home", ["~", "/dev/null/x"])  # "~": a user without a home
+def test_caches_are_moved_from_where_none_can_be_made(tmp_path, monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(os, "environ", dict(os.environ) | {"MPLCONFIGDIR": "kept"})
+    os.environ.pop("NUMBA_CACHE_DIR", None)
+    utils.provide_caches()
+    assert (os.environ["NUMBA_CACHE_DIR"], os.environ["MPLCONFIGDIR"]) == (str(tmp_path), "kept")
+
+
+def test_caches_stay_where_they_are_where_there_is_a_home(tmp_path, monkeypatch):
+    for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "yet/to/be/made"))
+    utils.provide_caches()
+    assert "NUMBA_CACHE_DIR" not in os.environ
 
 
 SPAWN = """

@@ -5,7 +5,7 @@
 
 What is compared runs in turns within one process, on random data: our generators beside HiFi-GAN's
 of the same width as plain eager convolutions, our training step beside the textbook's (both from
-tests/textbook.py). Figures are medians; quote the ratios. For Linux, whose files in /proc it reads.
+tools/textbook.py). Figures are medians; quote the ratios. For Linux, whose files in /proc it reads.
 """
 
 import argparse
@@ -74,10 +74,18 @@ class Timing:
     run: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
 
-    def spread(self, of: float | None = None) -> Spread:
-        """Of the seconds; or of how many times faster than `of` seconds the runs are."""
-        values = [of / seconds for seconds in self.seconds] if of else self.seconds
-        return Spread(min(values), statistics.median(values), max(values))
+    def spread(self) -> Spread:
+        """Of the seconds."""
+        return spread_of(self.seconds)
+
+    def speeds(self, audio_seconds: float) -> Spread:
+        """Of the speeds, times real time, where each run makes so much audio."""
+        return spread_of([audio_seconds / seconds for seconds in self.seconds])
+
+
+def spread_of(values: list[float]) -> Spread:
+    """The median of `values` and their range."""
+    return Spread(min(values), statistics.median(values), max(values))
 
 
 def parameters(module: nn.Module) -> int:
@@ -97,13 +105,14 @@ def macs_per_second(module: nn.Module, h: Config, *inputs: torch.Tensor) -> floa
 def size_row(config: str) -> Row:
     """A row of the table of sizes."""
     h = load_config(config)
-    generator, discriminators = Generator(h), Discriminators(h)
+    generator, mult = Generator(h), h.discriminator_channel_mult
     generator_macs = macs_per_second(generator, h, torch.zeros(1, h.num_mels, MEASURED_FRAMES))
-    wav = torch.zeros(1, 1, MEASURED_FRAMES * h.hop_size)
-    # Counted on the textbook's, which are not folded; they take a real and a generated waveform.
-    mult = h.discriminator_channel_mult
-    by_the_book = (textbook.MultiPeriod(mult), textbook.MultiScale(mult))
-    discriminator_macs = sum(macs_per_second(each, h, wav, wav) / 2 for each in by_the_book)
+    with torch.device("meta"):  # counts need no values
+        discriminators = Discriminators(h)
+        # Counted on the textbook's, which are not folded; they take a real and a generated one.
+        by_the_book = (textbook.MultiPeriod(mult), textbook.MultiScale(mult))
+        wav = torch.zeros(1, 1, MEASURED_FRAMES * h.hop_size)
+        discriminator_macs = sum(macs_per_second(each, h, wav, wav) / 2 for each in by_the_book)
     return {
         "config": config,
         "G parameters": parameters(generator),
@@ -176,7 +185,7 @@ def inference_row(config: str, seconds: int, device: torch.device, repeats: int)
         ours = contestants[f"ours, {precision}"]
         peak = MATMUL_SIZE**3 / contestants[f"matmul, {precision}"].spread().median
         row |= {
-            f"{precision}: times real time": ours.spread(of=seconds),
+            f"{precision}: times real time": ours.speeds(seconds),
             f"{precision}: of plain fp32 HiFi-GAN": median_ratio(contestants.get("plain"), ours),
             f"{precision}: of matmul": macs / ours.spread().median / peak,
         }
@@ -191,7 +200,7 @@ def median_ratio(slow: Timing | None, fast: Timing) -> float | str:
     return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
-def memory_row(config: str, minutes: int, chunk_frames: int, device: torch.device) -> Row:
+def memory_row(config: str, minutes: float, chunk_frames: int, device: torch.device) -> Row:
     """A row of the table of memory; measured in a process of its own, for peaks do not fall."""
     row = {"config": config, "min of audio": minutes, "chunk_frames": chunk_frames or "whole"}
     context = multiprocessing.get_context("spawn")
@@ -342,22 +351,37 @@ def parse_arguments() -> argparse.Namespace:
         default=["config_v1.json", "config_v2.json"],
         help="JSON configs; weights are random",
     )
-    for flag, meaning in (
-        ("infer", "also the speed of inference, beside HiFi-GAN's generator of the same width"),
-        ("memory", "also the memory and the first sound of long mels"),
-        ("train", "also the time of a training step, beside HiFi-GAN's textbook step"),
-    ):
-        what.add_argument(f"--{flag}", action="store_true", help=meaning)
-    size = parser.add_argument_group("how much of it")
-    for flag, kind, default, meaning in (
-        ("seconds", positive, [1, 4, 20], "of audio, for --infer"),
-        ("minutes", positive, [1, 10, 60], "of audio, for --memory"),
-        ("chunk_frames", natural, [0, 1024, 32], "mel frames at once, for --memory; 0: whole"),
-        ("batch_size", positive, [4, 16], "segments in a step, for --train"),
-    ):
-        size.add_argument(
-            f"--{flag}", nargs="+", type=kind, default=default, metavar="N", help=meaning
-        )
+    what.add_argument(
+        "--infer",
+        action="store_true",
+        help="also the speed of inference, beside HiFi-GAN's generator of the same width",
+    )
+    what.add_argument(
+        "--memory", action="store_true", help="also the memory and the first sound of long mels"
+    )
+    what.add_argument(
+        "--train",
+        action="store_true",
+        help="also the time of a training step, beside HiFi-GAN's textbook step",
+    )
+    size = parser.add_argument_group("how much of it; several values make several rows")
+    several = {"nargs": "+", "metavar": "N"}
+    size.add_argument(
+        "--seconds", type=positive, default=[1, 4, 20], help="of audio, for --infer", **several
+    )
+    size.add_argument(
+        "--minutes", type=positive, default=[1, 10, 60], help="of audio, for --memory", **several
+    )
+    size.add_argument(
+        "--chunk_frames",
+        type=natural,
+        default=[0, 1024, 32],
+        help="mel frames at once, for --memory; 0: whole",
+        **several,
+    )
+    size.add_argument(
+        "--batch_size", type=positive, default=[4, 16], help="segments in a step", **several
+    )
     size.add_argument(
         "--repeats", type=positive, default=5, metavar="N", help="turns; medians are shown"
     )

@@ -1,20 +1,20 @@
 """Trains variants of a generator for some hundred updates, and prints how well each learns.
 
-    python tools/learn.py --variants misr mrf --updates 2000      # of the README's tables
+    python tools/learn.py --variants misr mrf --updates 2000
 
 The generator alone, on HiFi-GAN's mel loss, or with --adversarial against discriminators of an
 eighth of the width; in bfloat16, on one core, with train.py's own update. The learning rate rises
-to 0.0005 in 20 updates and falls to 0 at the last, so that seeds compare. Prints a row of the
-README's tables for each variant: the parameters, the validation mel error of each seed, their mean
-and the CPU seconds of an update.
+to 0.0005 in 20 updates and falls to 0 at the last, so that seeds compare. Prints a row for each
+variant: the parameters, the validation mel error of each seed, their mean and the CPU seconds of an
+update. docs/results.md has what came out.
 """
 
+import argparse
 import json
 import math
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
-from checkpoint import State, build_state
+from checkpoint import NEVER, State, build_state
 from env import Config, UserError, load_config
 from loop import vocode_whole
 from meldataset import EndlessBatches, MelDataset
@@ -67,12 +67,14 @@ VARIANTS = {
 }
 
 
-def make_config(variant: Variant, seed: int, batch_size: int) -> Config:
+def make_config(variant: Variant, seed: int, batch_size: int, adversarial: bool) -> Config:
     """The config of one run."""
     values = json.loads((ROOT / variant.config).read_text()) | COMMON | variant.changes
+    values |= {"seed": seed, "batch_size": batch_size}
+    values["adversarial_from"] = 0 if adversarial else NEVER
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps(values | {"seed": seed, "batch_size": batch_size}))
+        path.write_text(json.dumps(values))
         return load_config(path)
 
 
@@ -100,7 +102,7 @@ def initialise_by_default(block: nn.Module) -> None:
     for conv in block.modules():
         if isinstance(conv, nn.Conv1d):
             fresh = nn.Conv1d(conv.in_channels, conv.out_channels, conv.kernel_size)
-            conv.weight = fresh.weight
+            conv.weight = fresh.weight.detach()
             conv.bias.copy_(fresh.bias)
 
 
@@ -129,18 +131,21 @@ def mel_error(state: State, clips: MelDataset) -> float:
     return math.fsum(errors) / len(errors)
 
 
-def main() -> None:
-    """Prints a row for each variant."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = command_parser(
         "Trains variants of a generator for some hundred updates; prints how well each learns.",
         example="python tools/learn.py --input_wavs_dir LJSpeech-1.1/wavs --variants misr mrf",
     )
-    for flag, metavar, default in (
-        ("input_wavs_dir", "DIR", "LJSpeech-1.1/wavs"),
-        ("input_training_file", "FILE", LISTS / "training.txt"),
-        ("input_validation_file", "FILE", LISTS / "validation.txt"),
-    ):
-        parser.add_argument(f"--{flag}", metavar=metavar, default=default, help="as of train.py")
+    parser.add_argument(
+        "--input_wavs_dir", metavar="DIR", default="LJSpeech-1.1/wavs", help="as of train.py"
+    )
+    parser.add_argument(
+        "--input_training_file", metavar="FILE", default=LISTS / "training.txt", help="likewise"
+    )
+    parser.add_argument(
+        "--input_validation_file", metavar="FILE", default=LISTS / "validation.txt", help="likewise"
+    )
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows of the table"
     )
@@ -150,26 +155,35 @@ def main() -> None:
     parser.add_argument("--updates", type=positive, default=400, help="in each run")
     parser.add_argument("--batch_size", type=positive, default=4, help="segments in an update")
     parser.add_argument("--adversarial", action="store_true", help="train against discriminators")
-    a = parser.parse_args()
+    return parser.parse_args()
+
+
+def run_variant(variant: Variant, seed: int, a: argparse.Namespace) -> tuple[State, float, float]:
+    """Trains once; returns the state, the mel error and the CPU seconds of an update."""
+    h = make_config(variant, seed, batch_size=a.batch_size, adversarial=a.adversarial)
+    clips, validation = (
+        MelDataset(h, file_list, a.input_wavs_dir)
+        for file_list in (a.input_training_file, a.input_validation_file)
+    )
+    if len(clips) < a.batch_size or not len(validation):
+        raise UserError(f"expected {a.batch_size} clips to train on and 1 to validate with")
+    state = make_state(variant, h)
+    seconds = learn(state, clips, a.updates)
+    return state, mel_error(state, validation), seconds
+
+
+def main() -> None:
+    """Prints a row for each variant."""
+    a = parse_arguments()
     torch.set_num_threads(1)  # CPU seconds are of all threads together
     print("| variant | parameters | mel error, each seed | mean | CPU seconds an update |")
     print("|---|---|---|---|---|", flush=True)
     for name in a.variants:
-        errors, seconds = [], []
-        for seed in a.seeds:
-            h = make_config(VARIANTS[name], seed, a.batch_size)
-            h = replace(h, adversarial_from=0 if a.adversarial else a.updates)
-            clips, validation = (
-                MelDataset(h, file_list, a.input_wavs_dir)
-                for file_list in (a.input_training_file, a.input_validation_file)
-            )
-            if len(clips) < a.batch_size or not len(validation):
-                raise UserError(f"expected {a.batch_size} clips to train on and 1 to validate with")
-            state = make_state(VARIANTS[name], h)
-            seconds.append(learn(state, clips, a.updates))
-            errors.append(mel_error(state, validation))
-        state.generator.remove_weight_norm()
-        count = sum(p.numel() for p in state.generator.parameters())
+        states, errors, seconds = zip(
+            *(run_variant(VARIANTS[name], seed, a) for seed in a.seeds), strict=True
+        )
+        states[0].generator.remove_weight_norm()
+        count = sum(p.numel() for p in states[0].generator.parameters())
         each = ", ".join(f"{error:.3f}" for error in errors)
         mean, cost = (math.fsum(values) / len(values) for values in (errors, seconds))
         print(f"| {name} | {count:,} | {each} | {mean:.3f} | {cost:.3f} |", flush=True)

@@ -51,15 +51,15 @@ def speech_like(seconds: float, sampling_rate: int = 22050, seed: int = 0) -> np
     return (0.2 * voice * loudness + noise).clip(-1, 1).astype(np.float32)
 
 
-def make_corpus(folder: Path) -> Path:
-    """Fills `folder` as `corpus` says, and returns it."""
+def make_corpus(folder: Path, clips: int = 7) -> Path:
+    """Fills `folder` with wavs/, training.txt and, of the last two clips, validation.txt."""
     (folder / "wavs").mkdir()
-    names = [f"clip{i}" for i in range(7)]
+    names = [f"clip{i}" for i in range(clips)]
     for i, name in enumerate(names):
-        wav = speech_like(0.4 + 0.05 * i, seed=i)
+        wav = speech_like(0.4 + 0.05 * (i % 7), seed=i)
         soundfile.write(folder / "wavs" / f"{name}.wav", wav, 22050, subtype="PCM_16")
-    (folder / "training.txt").write_text("".join(f"{name}|words\n" for name in names[:5]))
-    (folder / "validation.txt").write_text("".join(f"{name}\n" for name in names[5:]))
+    (folder / "training.txt").write_text("".join(f"{name}|words\n" for name in names[:-2]))
+    (folder / "validation.txt").write_text("".join(f"{name}\n" for name in names[-2:]))
     return folder
 
 

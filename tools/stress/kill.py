@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,14 +37,18 @@ from weights import load_checkpoint
 MOST_STEPS = 100_000
 CALLS = ((torch, "save"), (os, "fsync"), (os, "replace"))  # of one save: do_ and g_, in turns
 NAMES = [f"{module.__name__}.{name}" for module, name in CALLS]
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# A server forks each trainer in no time; what it does not import would load anew in each.
+PRELOADED = ("tests.conftest", "train", "librosa.filters", "torch._dynamo")
+PRELOADED += ("torch.utils.tensorboard",)
 
 
 class Kill(NamedTuple):
     """One way to end a trainer."""
 
     number: int = signal.SIGKILL
-    delay: float = 0.0  # seconds from its start
+    delay: float = 0.0  # seconds from its start, or,
+    training: bool = False  # with this, from its first update
     slow: bool = False  # each call of a save takes a tenth of a second before and after
     call: str = ""  # instead of after `delay`: at this call,
     count: int = 0  # the count-th,
@@ -53,7 +58,8 @@ class Kill(NamedTuple):
         name = signal.Signals(self.number).name
         if self.call:
             return f"{name} {self.moment} {self.call} no. {self.count}"
-        return f"{name} after {self.delay:.2f} s{', in slow motion' if self.slow else ''}"
+        began = "of training" if self.training else "of its life"
+        return f"{name} after {self.delay:.2f} s {began}{', in slow motion' if self.slow else ''}"
 
     def prepare(self) -> None:
         """Patches this process so that it dies as said, or saves slowly."""
@@ -106,13 +112,37 @@ def random_kill(choose: random.Random) -> Kill:
     return Kill(call=call, count=choose.randrange(1, 8), moment=choose.choice(moments))
 
 
-def child(arguments: list[str], log: Path, kill: Kill) -> None:
-    """train.py with its command line, in a process of its own that is about to die."""
+def start(arguments: list, log: Path, prepare: Callable[[], None] | None = None) -> BaseProcess:
+    """train.py with its command line, in a process, and a group of processes, of its own.
+
+    What it prints goes to `log`. `prepare`, a function that can be pickled, is called there before.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
+    log.write_text("")
+    process = context.Process(target=child, args=([*map(str, arguments)], log, prepare))
+    process.start()
+    return process
+
+
+def wait_for(text: str, log: Path, process: BaseProcess) -> None:
+    """Returns once `log` holds `text`; asserts that the process lives until then."""
+    while text not in log.read_text():
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.02)
+
+
+def child(arguments: list[str], log: Path, prepare: Callable[[], None] | None) -> None:
+    """What `start` runs."""
+    os.setsid()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in any trainer
     torch.set_num_threads(1)
-    kill.prepare()
+    if prepare is not None:
+        prepare()
     sys.argv = ["train.py", *arguments]
     command_line(train.main)
 
@@ -127,29 +157,29 @@ class Trainer:
         for flag in ("checkpoint_interval", "summary_interval", "stdout_interval"):
             self.arguments += [f"--{flag}", "1"]
         self.arguments += ["--config", str(self.config)]
-        # A server forks each trainer in no time; what it does not import would load anew in each.
-        self.context = multiprocessing.get_context("forkserver")
-        lazy = ("librosa.filters", "torch._dynamo", "torch.utils.tensorboard")
-        self.context.set_forkserver_preload(["tests.conftest", "train", *lazy])
         self.seen: dict[int, str] = {}  # the digest of each pair that ever stood, by its steps
 
     def kill(self, kill: Kill, num_workers: int) -> str:
         """Starts a trainer, kills it, and checks what it leaves; returns what happened."""
         write_config(self.config, num_workers=num_workers)
-        self.log.write_text("")
         before = paired_steps(self.folder)
         arguments = [*self.arguments, "--training_steps", str(MOST_STEPS)]
-        process = self.context.Process(target=child, args=(arguments, self.log, kill))
-        process.start()
+        process = start(arguments, self.log, kill.prepare)
         if not kill.call:
+            if kill.training:
+                wait_for("Steps : ", self.log, process)
             time.sleep(kill.delay)
             os.kill(process.pid, kill.number)
         process.join(60)
         assert process.exitcode is not None, f"still alive after {kill}\n{self.log.read_text()}"
         log = self.log.read_text()
         assert "error: " not in log and "Traceback" not in log.replace("Interrupt\n", ""), log
-        if before and "Steps : " in log:
-            assert f"resumed from {checkpoint_path(self.folder, 'g', before[-1])} " in log, log
+        if "Steps : " in log:
+            if before:
+                assert f"resumed from {checkpoint_path(self.folder, 'g', before[-1])} " in log, log
+            if not kill.call and kill.number != signal.SIGKILL:
+                assert process.exitcode == 128 + kill.number, log
+                assert ", saved in " in log, log
         self.look()
         pairs = paired_steps(self.folder)
         return f"exit {process.exitcode}, resumable from {pairs[-1] if pairs else 'the start'}"
@@ -162,6 +192,7 @@ class Trainer:
             for steps in checkpoint_steps(self.folder, prefix)
         }
         for steps in paired_steps(self.folder):
+            del contents["do", steps]["meta"]  # which tells of the command, not of the result
             digest = digest_of([contents["g", steps], contents["do", steps]])
             assert self.seen.setdefault(steps, digest) == digest, f"step {steps} has changed"
 
