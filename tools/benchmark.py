@@ -240,12 +240,18 @@ def stream_once(
     return int(status["VmHWM"].split()[0]) * 1024 / 1e6, first, speed
 
 
-def training_contestants(h: Config, device: torch.device) -> dict[str, Timing]:
+def training_contestants(
+    h: Config, device: torch.device, compiled: bool = False
+) -> dict[str, Timing]:
     """The textbook's step and ours, on the same random batch."""
     torch.manual_seed(h.seed)
     mel = torch.randn(h.batch_size, h.num_mels, h.segment_size // h.hop_size, device=device) - 5
     wav = 0.1 * torch.randn(h.batch_size, 1, h.segment_size, device=device)
     states = {precision: build_state(h, device, precision) for precision in ("fp32", "bf16")}
+    if compiled:
+        states["bf16, compiled"] = build_state(h, device, "bf16")
+        states["bf16, compiled"].generator.compile()
+        states["bf16, compiled"].discriminators.compile()
     ours = {f"ours, {p}": Timing(lambda s=s: training_step(s, mel, wav)) for p, s in states.items()}
     return {"textbook, fp32": Timing(textbook_update(h, device, mel, wav)), **ours}
 
@@ -269,11 +275,11 @@ def textbook_update(
 
 
 def training_rows(
-    config: str, batch_size: int, device: torch.device, repeats: int
+    config: str, batch_size: int, device: torch.device, repeats: int, compiled: bool
 ) -> Iterator[Row]:
     """Rows of the table of training steps."""
     h = replace(load_config(config), batch_size=batch_size)
-    contestants = training_contestants(h, device)
+    contestants = training_contestants(h, device, compiled)
     take_turns(contestants, device, repeats)
     for name, timing in contestants.items():
         yield {
@@ -312,7 +318,7 @@ def tables(a: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, I
         yield "memory", (memory_row(*case, device) for case in cases)
     if a.train:
         cases = itertools.product(a.config, a.batch_size)
-        rows = (training_rows(*case, device, a.repeats) for case in cases)
+        rows = (training_rows(*case, device, a.repeats, a.compile) for case in cases)
         yield "training", itertools.chain.from_iterable(rows)
 
 
@@ -364,6 +370,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="also the time of a training step, beside HiFi-GAN's textbook step",
     )
+    what.add_argument("--compile", action="store_true", help="with --train, also torch.compile")
     size = parser.add_argument_group("how much of it; several values make several rows")
     several = {"nargs": "+", "metavar": "N"}
     size.add_argument(

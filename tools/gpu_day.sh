@@ -18,9 +18,10 @@ PYTHON=${PYTHON:-python}
 MINUTES=${MINUTES:-25}
 CONFIG=${CONFIG:-config_v2.json}
 configs="config_v1.json config_v2.json configs/istft_v2.json configs/hifigan_v1.json configs/hifigan_v2.json"
-device=cuda batch="16 64" seconds="1 4 20" repeats=5 workers="1 2 4 8" updates=200
+device=cuda batch="16 64" seconds="1 4 20" repeats=5 workers="1 2 4 8" updates=200 compile=--compile
 if [ "$dry_run" = --dry-run ]; then
-    device=cpu batch=2 seconds=1 repeats=1 workers="0 1" updates=4 MINUTES=${DRY_MINUTES:-4}
+    device=cpu batch=2 seconds=1 repeats=1 workers="0 1" updates=4 compile=
+    configs="config_v2.json configs/hifigan_v2.json"
 fi
 mkdir -p "$out"
 end=$((SECONDS + MINUTES * 60))
@@ -68,12 +69,12 @@ nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 step tests 300 "$PYTHON" -m pytest -q -m requires_cuda tests
 for config in $local_configs; do
     name=$(basename "$config" .json)
-    step "train_$name" 150 "$PYTHON" tools/benchmark.py --train --compile --config "$config" \
+    step "train_$name" 150 "$PYTHON" tools/benchmark.py --train $compile --config "$config" \
         --batch_size $batch --repeats $repeats --device $device --output "$out/train_$name.figures.json"
 done
 step infer 240 "$PYTHON" tools/benchmark.py --infer --config $local_configs --seconds $seconds \
     --repeats $repeats --device $device --output "$out/infer.figures.json"
-step profile 90 "$PYTHON" tools/benchmark.py --profile --config "$out/config_v1.json" \
+step profile 90 "$PYTHON" tools/profile_step.py --config "$out/config_v2.json" --precision bf16 \
     --batch_size ${batch%% *} --device $device
 for count in $workers; do
     sed "s/\"num_workers\": [0-9]*/\"num_workers\": $count/" "$out/config_v2.json" \
