@@ -2,10 +2,15 @@
 
 import math
 import os
+import signal
 from pathlib import Path
 
 # Threads only get in each other's way at toy size. Set before torch loads; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Whoever starts the tests may ignore these, as nohup and a shell's background do; programs that the
+# tests start must hear them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
