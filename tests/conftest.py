@@ -7,10 +7,6 @@ from pathlib import Path
 
 # Threads only get in each other's way at toy size. Set before torch loads; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Whoever starts the tests may ignore these, as nohup and a shell's background do; programs that the
-# tests start must hear them.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
@@ -20,6 +16,11 @@ from env import load_config
 from models import Generator, ResBlock1, ResBlock2
 from tools.toy import ROOT, make_corpus, run_main, save_checkpoint, write_config
 from weights import family_weights
+
+# Whoever starts the tests may ignore these, as nohup and a shell's background do; programs that the
+# tests start must hear them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ALL_CONFIGS = sorted([*ROOT.glob("config_*.json"), *ROOT.glob("configs/*.json")])
 
