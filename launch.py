@@ -179,10 +179,12 @@ def launch(processes: int) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        # One that was killed says more than those that missed it. torchrun ends the rest later.
+        # One that was killed says more than those that missed it, whom torchrun ends by SIGTERM.
         until = error.get_first_failure()[1].timestamp + 1  # second
         failures = [each for each in error.failures.items() if each[1].timestamp <= until]
-        number, failure = min(failures, key=lambda each: each[1].exitcode >= 0)
+        number, failure = min(
+            failures, key=lambda each: (each[1].exitcode == -signal.SIGTERM, each[1].exitcode >= 0)
+        )
         if failure.exitcode >= 0:
             return failure.exitcode
         raise UserError(

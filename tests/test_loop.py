@@ -160,6 +160,7 @@ def test_a_signal_in_validation_is_heard_after_its_clip(corpus, tmp_path):
 
 def test_a_stop_does_not_wait_for_workers(tmp_path, capsys):
     """PyTorch would wait, at the end of the process, for 5 seconds for each."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     context = multiprocessing.get_context("fork")
     worker = context.Process(target=time.sleep, args=(WAITS,), daemon=True)
     worker.start()

@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
+    torch.set_num_threads(1)  # as in the trainers, for sums in the same order
     choose = random.Random(a.seed)
     with tempfile.TemporaryDirectory() as folder:
         kill_over_and_over(Path(folder), [random_kill(choose) for _ in range(a.kills)])
