@@ -18,6 +18,7 @@ import train
 from checkpoint import locked, paired_steps
 from env import load_config
 from models import Generator
+from tools.stress import kill
 from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, speech_like, write_config
 from utils import replacing
 
@@ -59,40 +60,26 @@ def arguments(corpus, tmp_path, folder) -> list[str]:
 
 
 def test_a_second_trainer_is_refused_as_long_as_the_first_lives(arguments, folder, tmp_path):
-    first = start("train.py", *arguments)
-    next(line for line in first.stdout if line.startswith("Steps : 2,"))
+    log = tmp_path / "log"
+    first = kill.start(arguments, log)
+    kill.wait_for("Steps : 2,", log, first)
     worker = int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[-1])
     os.kill(first.pid, signal.SIGSTOP)
     (folder / ".g_00000009.abcdefgh.tmp").touch()  # as if the first were writing it
     write_config(tmp_path / "config.json", num_workers=0)
     before = contents(folder)
-    second = start("train.py", *arguments, "--training_steps", 2)
-    assert second.communicate(timeout=60)[1].splitlines() == [refusal(folder, first.pid)]
-    assert second.returncode == 1
+    second = kill.start([*arguments, "--training_steps", 2], log)
+    second.join(60)
+    assert log.read_text().splitlines() == [refusal(folder, first.pid)]
+    assert second.exitcode == 1
     assert contents(folder) == before
     first.kill()
-    first.wait()
+    first.join()
     with locked(folder):
         assert Path(f"/proc/{worker}").exists()  # for some seconds, but it holds no lock
     assert run_main(train, *arguments, "--training_steps", 2) == 0
     assert paired_steps(folder) == [2]
     assert not list(folder.glob(".*.tmp"))
-
-
-def test_a_machine_with_two_gpus_is_refused_too(arguments, folder):
-    """Its torchrun keeps our exit status; the GPUs here are made up."""
-    flags = [*arguments, "--device", "auto", "--training_steps", "2"]
-    code = (
-        "import sys, torch, train, utils; torch.cuda.device_count = lambda: 2; "
-        f"sys.argv = ['train.py', *{flags!r}]; utils.command_line(train.main)"
-    )
-    with locked(folder):
-        second = start("-c", code)
-        errors = second.communicate(timeout=120)[1]
-    assert os.listdir(folder) == [".lock"]
-    assert second.returncode == 1
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert lines == [refusal(folder, os.getpid())]
 
 
 def test_only_the_first_process_of_a_run_locks(folder, monkeypatch):

@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -27,7 +25,8 @@ import train
 from checkpoint import CHANGEABLE_KEYS, checkpoint_path, paired_steps
 from env import Config
 from tests.test_utils import full_disk
-from tools.toy import ROOT, corpus_arguments, run_main, speech_like, toy_values, write_config
+from tools.stress.kill import start
+from tools.toy import corpus_arguments, run_main, speech_like, toy_values, write_config
 from utils import command_line
 from weights import load_checkpoint
 
@@ -120,24 +119,19 @@ def test_logs_on_a_full_disk(run, monkeypatch, writes):
     assert run(7) == (0, [])
 
 
-def test_no_traceback_follows_from_the_thread_that_logs(run):
-    """It is another's that the interpreter would print."""
-    code = (
-        "import sys, train, utils, pytest; from tests.test_disk import full_logs; "
-        "full_logs(pytest.MonkeyPatch(), 12); "
-        "sys.argv = ['train.py', *sys.argv[1:]]; utils.command_line(train.main)"
-    )
+def fail_the_twelfth_write_of_logs() -> None:
+    full_logs(pytest.MonkeyPatch(), 12)
+
+
+def test_no_traceback_follows_from_the_thread_that_logs(run, tmp_path):
+    """It is another's that the interpreter would print, in a process of its own."""
     flags = (*run.arguments, "--checkpoint_path", run.folder, "--training_steps", "100")
-    process = subprocess.run(
-        [sys.executable, "-c", code, *map(str, flags)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert process.returncode == 1
-    line = f"error: {run.folder / 'logs'}: cannot be written (No space left on device)"
-    assert process.stderr.splitlines() == [line]
+    process = start(flags, tmp_path / "log", fail_the_twelfth_write_of_logs)
+    process.join(60)
+    assert process.exitcode == 1
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[-1] == f"error: {run.folder / 'logs'}: cannot be written (No space left on device)"
+    assert all(line.startswith("Steps : ") for line in lines[4:-1])  # 4 of what is about to run
     assert paired_steps(run.folder)
 
 

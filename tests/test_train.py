@@ -252,11 +252,12 @@ def test_bf16_is_of_the_convolutions_alone(tmp_path):
 
 
 def test_compiled_models_make_the_same_losses(tmp_path):
-    """Traced as torch.compile does, without what then makes code of it, which takes minutes."""
+    """One of each kind, traced as by torch.compile, whose code generator would take minutes."""
     h = toy_config(tmp_path)
     mel, wav = (x.float() for x in batch(h))
     eager, compiled = build_state(h, CPU), build_state(h, CPU)
-    for module in (compiled.generator, compiled.discriminators):
+    msd, mpd = compiled.discriminators.msd, compiled.discriminators.mpd
+    for module in (compiled.generator, msd.discriminators[0], mpd.discriminators[0]):
         module.compile(backend="eager")
     expected = train.training_step(eager, mel, wav)
     for name, loss in train.training_step(compiled, mel, wav).items():

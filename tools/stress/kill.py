@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ MOST_STEPS = 100_000
 CALLS = ((torch, "save"), (os, "fsync"), (os, "replace"))  # of one save: do_ and g_, in turns
 NAMES = [f"{module.__name__}.{name}" for module, name in CALLS]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# A server forks each trainer in no time; what it does not import would load anew in each.
+# What the server of processes imports; the rest would load anew in each.
 PRELOADED = ("tests.conftest", "train", "librosa.filters", "torch._dynamo")
 PRELOADED += ("torch.utils.tensorboard",)
 
@@ -112,15 +113,20 @@ def random_kill(choose: random.Random) -> Kill:
     return Kill(call=call, count=choose.randrange(1, 8), moment=choose.choice(moments))
 
 
+def server() -> BaseContext:
+    """What starts processes by a fork of one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
+    return context
+
+
 def start(arguments: list, log: Path, prepare: Callable[[], None] | None = None) -> BaseProcess:
     """train.py with its command line, in a process, and a group of processes, of its own.
 
     What it prints goes to `log`. `prepare`, a function that can be pickled, is called there before.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED])
     log.write_text("")
-    process = context.Process(target=child, args=([*map(str, arguments)], log, prepare))
+    process = server().Process(target=child, args=([*map(str, arguments)], log, prepare))
     process.start()
     return process
 
