@@ -27,6 +27,7 @@ from env import Config, UserError, load_config
 from meldataset import LogMelSpectrogram, MelLoss
 from models import Discriminators, Generator
 from utils import WriteError, put, say, temporary_beside
+from voice import VoiceLoss
 from weights import (
     family_weights,
     generator_weights,
@@ -65,6 +66,7 @@ class State:
     optim_g: torch.optim.Optimizer
     optim_d: torch.optim.Optimizer
     mel_loss: MelLoss  # (wav_hat [B, N], wav [B, N]) -> []
+    voice_loss: VoiceLoss  # (voice, wav [B, N]) -> [], of generators that hear one
     mel_for_loss: LogMelSpectrogram  # [B, N] -> [B, num_mels, T], for validation whatever the loss
     # The same modules, which in one process of several average their gradients over all.
     ddp_generator: nn.Module
@@ -107,6 +109,7 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
         optim_g=adamw(generator),
         optim_d=adamw(discriminators),
         mel_loss=MelLoss(h).to(device),
+        voice_loss=VoiceLoss(h).to(device),
         mel_for_loss=LogMelSpectrogram(h, h.fmax_for_loss).to(device),
         ddp_generator=generator,
         ddp_discriminators=discriminators,

@@ -29,6 +29,8 @@ class Conv1d(nn.Conv1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not is_channels_last(x):
             return super().forward(x)
+        if self.kernel_size == (1,) and self.groups == 1:
+            return F.linear(x.transpose(1, 2), self.weight.squeeze(2), self.bias).transpose(1, 2)
         weight, stride, padding = self.weight.unsqueeze(2), (1, *self.stride), (0, *self.padding)
         dilation = (1, *self.dilation)
         y = F.conv2d(x.unsqueeze(2), weight, self.bias, stride, padding, dilation, self.groups)

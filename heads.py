@@ -1,17 +1,21 @@
 """What makes a waveform of a generator's last channels where they are spectra."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from env import Config
-from meldataset import LogMelSpectrogram
+from meldataset import MIN_MAGNITUDE, LogMelSpectrogram
+from voice import F0_RANGE, Voice
 
-MIN_PRIOR = 1e-4  # magnitude; a pseudo-inverse has negative values
+PITCHES = 64  # between which a pitch lies, weighed by a softmax
+NOISE_FRAMES = 256  # of noise, which then comes again
+NOISE_SEED = 0
 MIN_WINDOW = 1e-3  # sum of squared windows, near the ends
-MIN_POWER = 1e-10
+MIN_SIZE = 1e-5  # of the numbers of a spectrum, for their directions
 
 
 class InverseSTFT(nn.Module):
@@ -52,60 +56,148 @@ class InverseSTFT(nn.Module):
         return F.conv_transpose1d(x, frames, stride=self.hop_size, padding=self.n_fft // 2)
 
 
-class ConsistentSTFT(nn.Module):
-    """Spectra at the mel's own rate -> waveform: [B, 3 * bins, T], mel -> [B, 1, T * hop_size].
+class Origin(NamedTuple):
+    """Where a piece of a mel lies in the whole, so that its pulses and its noise go on."""
 
-    Of the channels, a third is the log magnitude on top of what the mel already says, which is the
-    pseudo-inverse of its filterbank; the others are a vector whose direction is the phase. Such a
-    spectrogram is none of any waveform, so the inverse STFT is followed by `consistency_steps`,
-    through which one trains: STFT, keep the phase, put the magnitude back, inverse STFT, with a
-    learnt momentum. STFT and inverse are those of LogMelSpectrogram: frame t is centred on samples
-    t * hop_size to (t + 1) * hop_size.
+    frame: int = 0  # which frame of the whole is the piece's first
+    anchor: int = 0  # the frame of the piece at whose start
+    cycles: float = 0.0  # the pulses have come so far
 
-    Source: Griffin-Lim with momentum (Perraudin et al. 2013), unrolled as in Masuyama et al., "Deep
+
+class HarmonicSTFT(nn.Module):
+    """Pulses and noise, given the mel's spectrum: [B, channels, T], mel -> [B, 1, T * hop_size].
+
+    The channels are, for each frame, a pitch, how much of each bin is noise, and a correction of
+    its magnitude. A mel says little of phases, and what is learnt of them by regression is a hum;
+    but pulses at the right pitch, and noise, have phases like speech. Their STFT is brought to the
+    mel's levels, band by band, and corrected. What comes out is no STFT of any waveform, so the
+    inverse is followed by `consistency_steps`, through which one trains: STFT, keep the phase, put
+    the magnitude back, inverse STFT, with a learnt momentum. STFT and inverse are those of
+    LogMelSpectrogram: frame t is centred on samples t * hop_size to (t + 1) * hop_size.
+
+    Pitch and noise are learnt from what voice.py measures, and no other gradient reaches them: of
+    two spectra with unlike phases, the noisier one is the nearer.
+
+    Source: McAulay and Quatieri 1986, Griffin and Lim 1988 (multiband excitation) for pulses and
+    noise; Griffin-Lim with momentum (Perraudin et al. 2013), unrolled as in Masuyama et al., "Deep
     Griffin-Lim iteration", 2019.
     """
 
     def __init__(self, h: Config):
         super().__init__()
         self.n_fft, self.hop_size, self.steps = h.n_fft, h.hop_size, h.consistency_steps
+        self.sampling_rate = h.sampling_rate
+        self.overlap = -(-h.n_fft // h.hop_size) - 1  # frames before that a frame overlaps with
         bins = h.n_fft // 2 + 1
-        self.in_channels = 3 * bins
+        self.channels = (bins, bins, PITCHES)
+        self.in_channels = sum(self.channels)
+        self.momentum = nn.Parameter(torch.tensor(0.5))
         log_mel = LogMelSpectrogram(h, h.fmax)
         window = F.pad(log_mel.window, ((h.n_fft - h.win_size) // 2,) * 2)
-        window = F.pad(window, (0, h.n_fft - len(window)))
-        self.momentum = nn.Parameter(torch.tensor(0.5))
-        self.register_buffer("mel_inverse", torch.linalg.pinv(log_mel.filterbank), persistent=False)
-        self.register_buffer("window", window, persistent=False)
-        self.overlap = -(-h.n_fft // h.hop_size) - 1  # frames before that a frame overlaps with
+        self._keep("window", F.pad(window, (0, h.n_fft - len(window))))
+        self._keep("filterbank", log_mel.filterbank.T)
+        self._keep("spread", _spread(log_mel.filterbank))
+        self._keep("pitches", torch.linspace(*map(math.log, F0_RANGE), PITCHES))
+        # Linear interpolation between the centres of the frame before, the frame and the next.
+        place = (torch.arange(h.hop_size) + 0.5) / h.hop_size - 0.5
+        weights = [(-place).clamp(min=0), 1 - place.abs(), place.clamp(min=0)]
+        self._keep("between", torch.stack(weights))
         # The two transforms as matrices, real and imaginary parts in turns.
         samples, real = torch.eye(h.n_fft).double(), torch.eye(bins, dtype=torch.complex128)
-        fourier = torch.view_as_real(torch.fft.rfft(samples)).flatten(1)
+        self._keep("fourier", torch.view_as_real(torch.fft.rfft(samples)).flatten(1).float())
         inverse = torch.fft.irfft(torch.stack([real, 1j * real], dim=1).flatten(0, 1), n=h.n_fft)
-        self.register_buffer("fourier", fourier.float(), persistent=False)
-        self.register_buffer("inverse_fourier", inverse.float(), persistent=False)
+        self._keep("inverse_fourier", inverse.float())
+        random = torch.Generator().manual_seed(NOISE_SEED)
+        noise = torch.randn(1, NOISE_FRAMES * h.hop_size, generator=random)
+        self._keep("noise", self._stft(torch.cat([noise, noise[:, : self._beyond]], dim=1))[0])
+
+    def _keep(self, name: str, constant: torch.Tensor) -> None:
+        self.register_buffer(name, constant, persistent=False)
+
+    @property
+    def _beyond(self) -> int:
+        """How many samples the windows of T frames reach beyond T * hop_size."""
+        return self.overlap * self.hop_size
 
     @property
     def reach(self) -> int:
         """How many frames before, and after, its own frame a sample hears."""
-        return (self.n_fft + self.hop_size) // (2 * self.hop_size) + self.steps * self.overlap
+        n_fft, hop_size, edge = self.n_fft, self.hop_size, (self.n_fft - self.hop_size) // 2
+        # The pulses that lie with a sample of frame 0 in a window, and the centres between which
+        # their pitch lies.
+        first = -((n_fft - 1 - edge) // hop_size) * hop_size - edge
+        last = (hop_size - 1 + edge) // hop_size * hop_size - edge + n_fft - 1
+        before, after = -((first - hop_size // 2) // hop_size), (last + hop_size // 2) // hop_size
+        return max(before, after) + self.steps * self.overlap
 
-    def forward(self, x: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
-        log_magnitude, *phase = x.transpose(1, 2).chunk(3, dim=2)  # [B, T, bins], as FFTs like it
-        prior = (mel.to(x.dtype).exp().transpose(1, 2) @ self.mel_inverse.T).clamp(min=MIN_PRIOR)
-        magnitude = (prior.log() + log_magnitude).clamp(max=math.log(self.n_fft)).exp()
-        squares = self.window.square().expand(1, x.shape[2], -1)
+    def forward(
+        self, x: torch.Tensor, mel: torch.Tensor, origin: Origin
+    ) -> tuple[torch.Tensor, Voice]:
+        correction, noise, pitch = x.transpose(1, 2).split(self.channels, dim=2)
+        log_f0 = pitch.softmax(2) @ self.pitches
+        if self.training:  # Of no meaning, but another for each segment, and the same again.
+            chance = mel.double().sum((1, 2), keepdim=True).square()
+            origin = Origin(chance.long().flatten(1), cycles=chance.flatten(1))
+        pulses, cycles = self._pulses(log_f0.detach(), origin)
+        voice = Voice(log_f0, noise.sigmoid(), cycles)
+        spectrum = self._mix(pulses, voice.noise.detach(), origin)
+        size = _size(spectrum)
+        level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
+        lift = (mel.to(x.dtype).transpose(1, 2) - level) @ self.spread
+        magnitude = (size.log() + lift + correction).clamp(max=math.log(self.n_fft)).exp()
+        return self._consistent(spectrum, magnitude, mel.shape[2]), voice
+
+    def _pulses(self, log_f0: torch.Tensor, origin: Origin) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pulses of unit power at a pitch [B, T]: [B, (T + overlap) * hop_size], cycles [B, T].
+
+        A pulse is the sum of all harmonics below half of the sampling rate, in closed form.
+        """
+        edge = (self.n_fft - self.hop_size) // 2
+        near = F.pad(log_f0.unsqueeze(1), (1, 1), mode="replicate")[:, 0].unfold(1, 3, 1)
+        f0 = (near @ self.between).exp().flatten(1)  # [B, T * hop_size]
+        per_sample = f0.double() / self.sampling_rate
+        cycles = per_sample.cumsum(1) - per_sample  # at the start of each sample
+        cycles = cycles - cycles[:, origin.anchor * self.hop_size, None] + origin.cycles
+        around = (edge, self._beyond - edge)
+        # What lies before and after goes on at the pitch of the ends.
+        first, last = per_sample[:, :1], per_sample[:, -1:]
+        before = cycles[:, :1] - first * torch.arange(edge, 0, -1, device=f0.device)
+        after = cycles[:, -1:] + last * torch.arange(1, around[1] + 1, device=f0.device)
+        turns = torch.cat([before, cycles, after], dim=1)
+        half = (math.pi * (turns - turns.round())).float()  # of the angle
+        f0 = F.pad(f0.unsqueeze(1), around, mode="replicate")[:, 0]
+        harmonics = 0.5 * self.sampling_rate / f0
+        whole = harmonics.floor()
+        is_peak = half.abs() < 1e-4
+        sine = torch.where(is_peak, 1.0, half.sin())
+        sum_of_cosines = torch.where(
+            is_peak, whole, 0.5 * (((2 * whole + 1) * half).sin() / sine - 1)
+        )
+        highest = (harmonics - whole) * (2 * (whole + 1) * half).cos()  # that fades in or out
+        return (sum_of_cosines + highest) / (0.5 * harmonics).sqrt(), cycles[:, :: self.hop_size]
+
+    def _mix(self, pulses: torch.Tensor, noise: torch.Tensor, origin: Origin) -> torch.Tensor:
+        """Pulses [B, (T + overlap) * hop_size] and noise, by its share [B, T, bins]: a spectrum."""
+        frames = origin.frame + torch.arange(noise.shape[1], device=noise.device)
+        rest = (1 - noise.square()).sqrt()
+        return _times(self._stft(pulses), rest) + _times(self.noise[frames % NOISE_FRAMES], noise)
+
+    def _consistent(
+        self, spectrum: torch.Tensor, magnitude: torch.Tensor, frames: int
+    ) -> torch.Tensor:
+        """The phases of a spectrum [B, T, bins, 2] with magnitudes [B, T, bins]: [B, 1, N]."""
+        squares = self.window.square().expand(1, frames, -1)
         weights = self._overlap_add(squares).clamp(min=MIN_WINDOW).reciprocal()
-        before = direction = torch.stack(phase, dim=3)  # [B, T, bins, 2], real and imaginary
+        before = direction = spectrum
         for step in range(self.steps + 1):
             wav = self._istft(_with_magnitude(direction, magnitude)) * weights
             if step < self.steps:
                 spectrum = self._stft(wav)
-                momentum = self.momentum if step > 0 else 0.0
-                direction = spectrum + momentum * (spectrum - before)
+                # Beyond the new spectrum by a share of the way to it.
+                direction = torch.lerp(before, spectrum, 1 + self.momentum) if step else spectrum
                 before = spectrum
-        edge, samples = (self.n_fft - self.hop_size) // 2, mel.shape[2] * self.hop_size
-        return wav[:, None, edge : edge + samples]
+        edge = (self.n_fft - self.hop_size) // 2
+        return wav[:, None, edge : edge + frames * self.hop_size]
 
     def _stft(self, wav: torch.Tensor) -> torch.Tensor:
         """[B, (T + overlap) * hop_size] -> [B, T, bins, 2]."""
@@ -122,7 +214,7 @@ class ConsistentSTFT(nn.Module):
         if torch.compiler.is_exporting():
             frames = spectrum.flatten(2) @ self.inverse_fourier
         else:
-            frames = torch.fft.irfft(torch.complex(*spectrum.unbind(3)), n=self.n_fft)
+            frames = torch.fft.irfft(torch.view_as_complex(spectrum), n=self.n_fft)
         return self._overlap_add(frames * self.window)
 
     def _overlap_add(self, frames: torch.Tensor) -> torch.Tensor:
@@ -134,5 +226,30 @@ class ConsistentSTFT(nn.Module):
 
 def _with_magnitude(x: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """Complex numbers [..., 2] of the directions of x [..., 2] and of a magnitude [...]."""
-    scale = magnitude * (x.square().sum(-1) + MIN_POWER).rsqrt()
-    return x * scale.unsqueeze(-1)
+    return _times(x, magnitude / _size(x))
+
+
+def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Complex numbers [..., 2] by real ones [...]."""
+    if torch.compiler.is_exporting():
+        return x * scale.unsqueeze(-1)
+    return torch.view_as_real(torch.view_as_complex(x) * scale)  # several times as fast
+
+
+def _size(x: torch.Tensor) -> torch.Tensor:
+    """The size [...] of complex numbers [..., 2], MIN_SIZE at least."""
+    squares = x.square().flatten(-2)  # a sum over the last axis would be several times as slow
+    return (squares[..., ::2] + squares[..., 1::2]).clamp(min=MIN_SIZE**2).sqrt()
+
+
+def _spread(filterbank: torch.Tensor) -> torch.Tensor:
+    """What a change of log-mels [num_mels] is to log magnitudes: [num_mels, bins] of a [same].
+
+    Each bin is changed as the bands are that it lies in; beyond all bands, as the nearest one.
+    """
+    bins = filterbank.shape[1]
+    heard = filterbank.sum(0) > 0
+    first, last = int(heard.nonzero().min()), int(heard.nonzero().max())
+    nearest = torch.arange(bins).clamp(first, last)
+    share = filterbank[:, nearest]
+    return share / share.sum(0).clamp(min=torch.finfo(share.dtype).tiny)

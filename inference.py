@@ -29,6 +29,7 @@ from tqdm import tqdm
 from audio import AUDIO_EXTENSIONS, load_wav, write_wav, writing_wav
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
+from heads import Origin
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, mel_of_stretch
 from models import Generator
 from utils import (
@@ -123,6 +124,7 @@ class Streamer:
     def _begin(self) -> None:
         self.mel = torch.zeros(self.generator.conv_pre.in_channels, 0)
         self.spoken = 0  # frames of self.mel whose sound has been given
+        self.origin = Origin()  # of self.mel, in all that was fed
 
     def feed(self, mel: torch.Tensor) -> torch.Tensor:
         """Takes frames [num_mels, n]; gives the samples [N] that have become final, 0 perhaps.
@@ -157,9 +159,12 @@ class Streamer:
         device, hop_size = self.generator.conv_post.bias.device, self.generator.hop_size
         if stop <= self.spoken:
             return torch.zeros(0, device=device)
-        wav = self.generator(self.mel.to(device).unsqueeze(0))[0, 0]
-        wav = wav[self.spoken * hop_size : stop * hop_size]
+        wav, voice = self.generator(self.mel.to(device).unsqueeze(0), self.origin)
+        wav = wav[0, 0, self.spoken * hop_size : stop * hop_size]
         forgotten = max(0, stop - self.before)
+        if voice is not None and stop < self.mel.shape[1]:
+            frame, cycles = self.origin.frame + forgotten, voice.cycles[0, stop]
+            self.origin = Origin(frame, anchor=stop - forgotten, cycles=cycles)
         self.mel, self.spoken = self.mel[:, forgotten:], stop - forgotten
         return wav
 

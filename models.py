@@ -20,7 +20,8 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from env import Config
 from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, reshape, scale_conv
-from heads import ConsistentSTFT, InverseSTFT
+from heads import HarmonicSTFT, InverseSTFT, Origin
+from voice import Voice
 
 LRELU_SLOPE = 0.1
 POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, its weights need it
@@ -155,8 +156,11 @@ class Generator(nn.Module):
     A stage is a transposed convolution and a MISR, or the residual blocks of an MRF. The blocks of
     all stages lie in one list, `resblocks`, as in HiFi-GAN's files.
 
+    With `consistency_steps`, the stages work at the mel's own rate, and a HarmonicSTFT makes the
+    waveform.
+
     Source: HiFi-GAN, section 2.2, with MISR in place of MRF; iSTFTNet, whose last stages are an
-    inverse STFT; with `consistency_steps` that is all there is after stages at the mel's own rate.
+    inverse STFT.
     """
 
     def __init__(self, h: Config):
@@ -176,7 +180,7 @@ class Generator(nn.Module):
             self.resblocks.extend(_stage_blocks(h, channels))
         self.istft = None
         if h.uses_frames:
-            self.istft = ConsistentSTFT(h)
+            self.istft = HarmonicSTFT(h)
             self.conv_post = _conv1d(channels, self.istft.in_channels, kernel_size=1)
         elif h.uses_istft:
             self.istft = InverseSTFT(h.gen_istft_n_fft, h.gen_istft_hop_size)
@@ -184,15 +188,23 @@ class Generator(nn.Module):
         else:
             self.conv_post = _conv1d(channels, 1, kernel_size=7)
 
-    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, mel: torch.Tensor, origin: Origin | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, Voice | None]:
+        """The waveform; given an `origin`, the waveform and the voice that a HarmonicSTFT heard.
+
+        An origin says where in a longer mel this one lies, so that the voice goes on.
+        """
         x = self.first(mel)
         for up, blocks in self.stages():
             x = fuse(blocks, up(F.leaky_relu(x, LRELU_SLOPE)))
-        x = self.last(x)
+        x, voice = self.last(x), None
         with torch.autocast(x.device.type, enabled=False):  # as in `last`
-            if isinstance(self.istft, ConsistentSTFT):
-                return self.istft(x, mel)
-            return torch.tanh(x) if self.istft is None else self.istft(x)
+            if isinstance(self.istft, HarmonicSTFT):
+                wav, voice = self.istft(x, mel, origin or Origin())
+            else:
+                wav = torch.tanh(x) if self.istft is None else self.istft(x)
+        return wav if origin is None else (wav, voice)
 
     def first(self, mel: torch.Tensor) -> torch.Tensor:
         """conv_pre, in the layout of all that follows: [B, num_mels, T] -> [B, C, T]."""
@@ -221,7 +233,7 @@ class Generator(nn.Module):
     def receptive_field(self) -> tuple[int, int]:
         """How many frames before, and after, its own frame a sample depends on at most."""
         first, last = 0, self.hop_size - 1  # of the samples of frame 0, traced back to the mel
-        if isinstance(self.istft, ConsistentSTFT):
+        if isinstance(self.istft, HarmonicSTFT):
             first, last = -self.istft.reach, self.istft.reach
         elif self.istft is not None:
             n_fft, rate = self.istft.n_fft, self.istft.hop_size

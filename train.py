@@ -16,10 +16,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from checkpoint import State
+from heads import Origin
 from launch import add_arguments, launch_or_train
 from loop import Losses
 from models import discriminator_loss, feature_loss, generator_loss
 from utils import command_line, command_parser
+from voice import Voice
+
+LAMBDA_VOICE = 100.0  # beside a lambda_mel of 45
 
 
 def training_step(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
@@ -34,9 +38,9 @@ def training_step(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
     """
     adversarial = state.steps >= state.h.adversarial_from
     with state.autocast():
-        wav_hat = state.ddp_generator(mel)
+        wav_hat, voice = state.ddp_generator(mel, Origin())
     losses = discriminator_step(state, wav, wav_hat) if adversarial else {}
-    return losses | generator_step(state, wav, wav_hat, adversarial)
+    return losses | generator_step(state, wav, wav_hat, voice, adversarial)
 
 
 def discriminator_step(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -> Losses:
@@ -52,21 +56,27 @@ def discriminator_step(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -
 
 
 def generator_step(
-    state: State, wav: torch.Tensor, wav_hat: torch.Tensor, adversarial: bool = True
+    state: State,
+    wav: torch.Tensor,
+    wav_hat: torch.Tensor,
+    voice: Voice | None = None,
+    adversarial: bool = True,
 ) -> Losses:
-    """Updates the generator, from which wav_hat [B, 1, N] came."""
+    """Updates the generator, from which wav_hat [B, 1, N] came, and the voice that it heard."""
     h = state.h
     mel = state.mel_loss(wav_hat.squeeze(1), wav.squeeze(1))
+    loss, losses = h.lambda_mel * mel, {state.mel_loss.name: mel}
+    if voice is not None:
+        losses["gen_loss_voice"] = state.voice_loss(voice, wav.squeeze(1))
+        loss = loss + LAMBDA_VOICE * losses["gen_loss_voice"]
     if adversarial:
         deceit, feature = adversarial_losses(state, wav, wav_hat)
-        loss = deceit + h.lambda_feature * feature + h.lambda_mel * mel
-        losses = {"gen_loss_adversarial": deceit, "gen_loss_feature": feature}
-    else:
-        loss, losses = h.lambda_mel * mel, {}
+        loss = loss + deceit + h.lambda_feature * feature
+        losses |= {"gen_loss_adversarial": deceit, "gen_loss_feature": feature}
     state.optim_g.zero_grad()
     loss.backward()
     state.optim_g.step()
-    losses |= {"gen_loss_total": loss, state.mel_loss.name: mel}
+    losses["gen_loss_total"] = loss
     return {name: value.detach() for name, value in losses.items()}
 
 

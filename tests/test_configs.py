@@ -24,8 +24,8 @@ def h(request, tmp_path):
 
 
 def spoken(h) -> Generator:
-    """A generator whose far context matters."""
-    generator = prepare(Generator(h), "cpu", "fp32")
+    """A generator whose far context matters, in float64: frame_v2's pitch adds up its rounding."""
+    generator = prepare(Generator(h), "cpu", "fp32").double()
     with torch.no_grad():
         for conv in generator.resblocks.modules():
             if isinstance(conv, torch.nn.Conv1d):
@@ -51,4 +51,4 @@ def test_chunks_make_the_whole(h):
     assert whole.shape == (50 * h.hop_size,)
     assert whole.std() > 0
     pieces = synthesize(generator, mel, chunk_frames=7)
-    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-7 * float(whole.abs().max()))

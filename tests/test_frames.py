@@ -1,23 +1,29 @@
-"""The generator at the mel's own rate: its head against STFTs of torch, streams, configs."""
+"""The generator at the mel's own rate: its pulses, noise and STFTs, its streams, its configs."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from env import UserError, load_config
-from heads import ConsistentSTFT
+from heads import HarmonicSTFT, Origin
 from inference import Streamer, synthesize
 from meldataset import LogMelSpectrogram
 from models import Generator
 from tools.toy import speech_like, toy_config, write_config
+from voice import VoiceLoss
 
 FRAMES = "configs/frame_v2.json"
 ODD = {"hop_size": 200, "n_fft": 900, "win_size": 800, "segment_size": 4000}
 
 
-def make_head(tmp_path, **changes) -> ConsistentSTFT:
-    return ConsistentSTFT(toy_config(tmp_path, FRAMES, **changes)).double()
+def make_head(tmp_path, **changes) -> HarmonicSTFT:
+    return HarmonicSTFT(toy_config(tmp_path, FRAMES, **changes)).double().eval()
+
+
+def sizes(spectrum: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_complex(spectrum).abs()
 
 
 @pytest.mark.parametrize("changes", [{}, ODD], ids=["shipped", "odd"])
@@ -49,62 +55,138 @@ def test_exported_transforms_equal_the_fast_ones(tmp_path, monkeypatch):
     torch.testing.assert_close(head._istft(fast), back, atol=1e-5, rtol=0)
 
 
-def test_of_a_right_spectrum_it_makes_the_waveform(tmp_path):
-    """The magnitudes and phases of a recording give it back, with and without steps."""
-    h = toy_config(tmp_path, FRAMES)
-    wav = torch.from_numpy(speech_like(0.6))[None].double()
-    wav = wav[:, : wav.shape[1] // h.hop_size * h.hop_size]
-    edge = (h.n_fft - h.hop_size) // 2
-    mel = LogMelSpectrogram(h, h.fmax).double()(wav)
-    for steps in (0, 3):
-        head = make_head(tmp_path, consistency_steps=steps)
-        spectrum = torch.view_as_complex(head._stft(torch.nn.functional.pad(wav, (edge, edge))))
-        prior = (mel.exp().transpose(1, 2) @ head.mel_inverse.T).clamp(min=1e-4).log()
-        x = torch.cat([(spectrum.abs() + 1e-9).log() - prior, spectrum.real, spectrum.imag], dim=2)
-        again = head(x.transpose(1, 2), mel)[:, 0]
-        inner = slice(h.n_fft, -h.n_fft)
-        torch.testing.assert_close(again[:, inner], wav[:, inner], atol=2e-4, rtol=0)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_of_a_right_spectrum_it_makes_the_waveform(tmp_path, steps):
+    head = make_head(tmp_path, consistency_steps=steps)
+    wav = torch.from_numpy(speech_like(0.6))[None, : 50 * head.hop_size].double()
+    edge = (head.n_fft - head.hop_size) // 2
+    spectrum = head._stft(torch.nn.functional.pad(wav, (edge, head._beyond - edge)))
+    again = head._consistent(spectrum, sizes(spectrum), spectrum.shape[1])[:, 0]
+    inner = slice(head.n_fft, -head.n_fft)
+    torch.testing.assert_close(again[:, inner], wav[:, inner], atol=2e-4, rtol=0)
 
 
 def test_steps_make_a_spectrogram_of_some_waveform(tmp_path):
     """The magnitude of the STFT of what comes out nears the magnitude that was asked for."""
     wav = torch.from_numpy(speech_like(0.4))[None, : 33 * 256].double()
-    wanted, errors = torch.view_as_complex(make_head(tmp_path)._stft(wav)).abs() + 1e-6, []
+    wanted, errors = sizes(make_head(tmp_path)._stft(wav)) + 1e-6, []
+    torch.manual_seed(1)
+    random = torch.randn(*wanted.shape, 2, dtype=torch.float64)
     for steps in (0, 4, 16):
         head = make_head(tmp_path, consistency_steps=steps)
-        torch.manual_seed(1)
-        phase = torch.randn(1, 30, 2 * 513, dtype=torch.float64)
-        mel = torch.zeros(1, 80, 30, dtype=torch.float64)
-        prior = (mel.exp().transpose(1, 2) @ head.mel_inverse.T).clamp(min=1e-4).log()
-        x = torch.cat([wanted.log() - prior, phase], dim=2).transpose(1, 2)
-        wav = torch.nn.functional.pad(head(x, mel)[:, 0].detach(), (384, 384))
-        magnitude = torch.view_as_complex(head._stft(wav)).abs()
+        made = head._consistent(random, wanted, wanted.shape[1])[:, 0].detach()
+        magnitude = sizes(head._stft(torch.nn.functional.pad(made, (384, 384))))
         errors.append(float(((magnitude - wanted)[:, 4:-4]).norm() / wanted[:, 4:-4].norm()))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.5 * errors[0]
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_a_frame_is_heard_as_far_as_the_receptive_field_says(tmp_path, steps):
-    generator = Generator(toy_config(tmp_path, FRAMES, consistency_steps=steps))
+def test_pulses_are_all_harmonics_of_a_pitch_that_glides(tmp_path):
+    """Against sums of cosines, whose pitch is interpolated between the centres of the frames."""
+    head = make_head(tmp_path)
+    log_f0 = torch.linspace(math.log(90), math.log(400), 12, dtype=torch.float64)[None]
+    edge, hop = (head.n_fft - head.hop_size) // 2, head.hop_size
+    pulses, cycles = head._pulses(log_f0, Origin(cycles=0.3))
+    centres = (np.arange(12) + 0.5) * hop
+    f0 = np.exp(np.interp(np.arange(12 * hop) + 0.5, centres, log_f0[0]))
+    turns = 0.3 + np.concatenate([[0], np.cumsum(f0 / 22050)[:-1]])
+    harmonics = 11025 / f0
+    expected = sum(
+        np.clip(harmonics - k + 1, 0, 1) * np.cos(2 * np.pi * k * turns)
+        for k in range(1, int(harmonics.max()) + 2)
+    ) / np.sqrt(harmonics / 2)
+    assert pulses.shape == (1, (12 + head.overlap) * hop)
+    np.testing.assert_allclose(pulses[0, edge : edge + 12 * hop], expected, atol=2e-3)
+    np.testing.assert_allclose(cycles[0], turns[::hop], atol=1e-9)
+    assert 0.9 < float(pulses.square().mean()) < 1.1  # as the noise has
+
+
+def test_pulses_and_noise_mix_and_take_the_level_of_the_mel(tmp_path):
+    """Whatever the noise, a mel is heard again; pulses at a wrong pitch leave some bands empty."""
+    h = toy_config(tmp_path, FRAMES, consistency_steps=0)
+    head = HarmonicSTFT(h).eval()
+    mel = LogMelSpectrogram(h, h.fmax)(torch.from_numpy(speech_like(1.0)).float()[None])
+    bins, errors = 513, []
+    for noisy in (-9.0, 0.0, 9.0):
+        x = torch.zeros(1, head.in_channels, mel.shape[2])
+        x[:, bins : 2 * bins] = noisy
+        wav, voice = head(x, mel, Origin())
+        errors.append(float((LogMelSpectrogram(h, h.fmax)(wav[:, 0]) - mel).abs().mean()))
+        assert float(voice.noise.mean()) == pytest.approx(1 / (1 + math.exp(-noisy)))
+    assert errors == pytest.approx([0.75, 0.32, 0.30], abs=0.03)
+    assert float(mel.std()) > 1.1  # which the errors are below
+
+
+def test_only_the_voice_loss_teaches_pitch_and_noise(tmp_path):
+    h = toy_config(tmp_path, FRAMES)
+    torch.manual_seed(0)
+    generator = Generator(h)
+    wav = torch.from_numpy(speech_like(h.segment_size / h.sampling_rate)).float()[None]
+    mel = LogMelSpectrogram(h, h.fmax)(wav)
+    wav_hat, voice = generator(mel, Origin())
+
+    def gradients(loss: torch.Tensor) -> tuple[float, float, float]:
+        (gradient,) = torch.autograd.grad(loss, generator.conv_post.bias, retain_graph=True)
+        return tuple(float(part.abs().max()) for part in gradient.split(generator.istft.channels))
+
+    correction, noise, pitch = gradients(wav_hat.square().mean())
+    assert correction > 0 and noise == pitch == 0
+    correction, noise, pitch = gradients(VoiceLoss(h)(voice, wav))
+    assert correction == 0 and noise > 0 and pitch > 0
+
+
+def test_each_segment_learns_with_another_noise_and_the_same_again(tmp_path):
+    torch.manual_seed(0)
+    generator = Generator(toy_config(tmp_path, FRAMES)).requires_grad_(False)
+    mel = torch.randn(1, 80, 20) - 5
+    other = mel.clone()
+    other[0, 40, 10] += 1e-3  # heard by nobody
+    first, again, third = (generator(x)[0, 0] for x in (mel, mel, other))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert float((first - third).norm() / first.norm()) > 0.5
+    generator.eval()
+    first, third = (generator(x)[0, 0] for x in (mel, other))
+    assert float((first - third).norm() / first.norm()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "reach"), [(0, {}, 4), (2, {}, 10), (1, ODD | {"win_size": 900}, 9)]
+)
+def test_a_frame_is_heard_as_far_as_the_receptive_field_says(tmp_path, steps, changes, reach):
+    """But for the phase, which goes on from wherever the pulses are anchored."""
+    torch.manual_seed(0)
+    h = toy_config(tmp_path, FRAMES, consistency_steps=steps, **changes)
+    generator = Generator(h).double().eval()
+    for conv in generator.resblocks.modules():
+        if isinstance(conv, torch.nn.Conv1d):  # heard as far as they reach
+            conv.weight = torch.randn_like(conv.weight) / conv.weight[0].numel() ** 0.5
     before, after = generator.receptive_field
-    assert (before, after) == (3 + 2 * 24 + 2 + 3 * steps,) * 2
+    assert (before, after) == (3 + 2 * 24 + reach,) * 2
     frame = before + 1
-    mel = torch.zeros(1, 80, 2 * frame + 1)
-    mel[:, :, frame] = math.nan
-    samples = generator(mel)[0, 0].isnan().nonzero()
-    first, stop = int(samples.min()) // 256, int(samples.max()) // 256 + 1
-    assert (frame - first, stop - frame - 1) == (after, before)
+    mel = torch.randn(1, 80, 2 * frame + 1) - 5
+    other = mel.clone()
+    other[:, :, frame] += 100
+    for anchor, least in ((0, 0.0), (2 * frame, 1e-9)):  # what comes before has the same rounding
+        wavs = [generator(x, Origin(anchor=anchor))[0] for x in (mel, other)]
+        samples = ((wavs[0] - wavs[1])[0, 0].abs() > least).nonzero()
+        first, last = int(samples.min()) // h.hop_size, int(samples.max()) // h.hop_size
+        if anchor == 0:
+            assert frame - first == after
+        else:
+            assert 3 + 2 * 24 < last - frame <= before
 
 
 def test_pieces_are_the_whole_and_one_frame_speaks(tmp_path):
+    """In float64: in float32 the pitch is rounded, and a long voice adds that up in its phase."""
     torch.manual_seed(3)
-    generator = Generator(toy_config(tmp_path, FRAMES)).eval()
+    generator = Generator(toy_config(tmp_path, FRAMES)).double().eval()
     mel = torch.randn(80, 300) - 5
-    whole, streamer = synthesize(generator, mel), Streamer(generator)
-    pieces = [streamer.feed(mel[:, i : i + 37]) for i in range(0, 300, 37)] + [streamer.flush()]
-    difference = (torch.cat(pieces) - whole).abs().max() / whole.abs().max()
-    assert float(difference) < 1e-4  # phases of what is nearly nothing are rounding's
+    whole = synthesize(generator, mel)
+    for size in (1, 37):
+        streamer = Streamer(generator)
+        pieces = [streamer.feed(mel[:, i : i + size]) for i in range(0, 300, size)]
+        difference = torch.cat([*pieces, streamer.flush()]) - whole
+        assert float(difference.abs().max() / whole.abs().max()) < 1e-6
     assert synthesize(generator, mel[:, :1]).shape == (256,)
 
 
@@ -122,6 +204,8 @@ def test_configs_that_make_no_sense_are_refused(tmp_path, changes, message):
 
 
 def test_every_weight_learns(tmp_path):
-    generator = Generator(toy_config(tmp_path, FRAMES))
-    generator(torch.randn(2, 80, 12) - 5).square().sum().backward()
+    h = toy_config(tmp_path, FRAMES)
+    generator, wav = Generator(h), torch.from_numpy(speech_like(0.3)).float()[None, :5120]
+    wav_hat, voice = generator(LogMelSpectrogram(h, h.fmax)(wav), Origin())
+    (wav_hat.square().sum() + VoiceLoss(h)(voice, wav)).backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in generator.parameters())

@@ -331,7 +331,9 @@ def mels(checkpoint, wavs, tmp_path_factory) -> Path:
 def spy_on(monkeypatch, owner: type, seen: list) -> None:
     """Notes the shape of what each call of `owner.forward` is given."""
     forward = owner.forward
-    monkeypatch.setattr(owner, "forward", lambda self, x: seen.append(x.shape) or forward(self, x))
+    monkeypatch.setattr(
+        owner, "forward", lambda self, x, *more: seen.append(x.shape) or forward(self, x, *more)
+    )
 
 
 @pytest.mark.parametrize("script", [vocode, vocode_mels])

@@ -315,7 +315,7 @@ class Newcomer:
         loud = load_generator(self.folder / "cp/g_00000002")
         with pytest.MonkeyPatch.context() as patch:
             loud[0].conv_post.weight.data.mul_(1e9)
-            loud[0].forward = lambda mel: torch.full((1, 1, mel.shape[2] * 256), 1.5)
+            loud[0].forward = lambda mel, _: (torch.full((1, 1, mel.shape[2] * 256), 1.5), None)
             patch.setattr(inference, "load_generator", lambda *_, **__: loud)
             self.speak(self.folder / "cp/g_00000002", mel=np.zeros((80, 20)))
 

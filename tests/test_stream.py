@@ -157,7 +157,9 @@ def test_a_stream_of_chunks_is_the_whole(generator, chunk_frames):
 def test_a_piece_comes_before_the_next_is_made_and_from_its_own_context(misr, monkeypatch):
     heard, forward = [], Generator.forward
     monkeypatch.setattr(
-        Generator, "forward", lambda s, x: heard.append(len(x[0, 0])) or forward(s, x)
+        Generator,
+        "forward",
+        lambda s, x, origin: heard.append(len(x[0, 0])) or forward(s, x, origin),
     )
     pieces, context = stream(misr, random_mel(60), chunk_frames=16), 13 + 13
     for frames, given in ((3, 16), (16, 16 + 16), (16, context + 16), (25, context + 12)):

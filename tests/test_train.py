@@ -566,10 +566,10 @@ def test_a_killed_measurement_is_named_and_training_goes_on(tmp_path, capsys):
 def test_a_validation_clip_too_long_for_the_memory_ends_the_run_saved(run, monkeypatch):
     forward = Generator.forward
 
-    def scarce(self, mel):
+    def scarce(self, mel, *origin):
         if not self.training:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return forward(self, mel)
+        return forward(self, mel, *origin)
 
     monkeypatch.setattr(Generator, "forward", scarce)
     with pytest.raises(
