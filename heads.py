@@ -97,9 +97,10 @@ class HarmonicSTFT(nn.Module):
         self._keep("window", F.pad(window, (0, h.n_fft - len(window))))
         self._keep("filterbank", log_mel.filterbank.T)
         self._keep("spread", _spread(log_mel.filterbank))
-        self._keep("pitches", torch.linspace(*map(math.log, F0_RANGE), PITCHES))
+        low, high = map(math.log, F0_RANGE)
+        self._keep("pitches", torch.linspace(low, high, PITCHES, dtype=torch.float64))
         # Linear interpolation between the centres of the frame before, the frame and the next.
-        place = (torch.arange(h.hop_size) + 0.5) / h.hop_size - 0.5
+        place = (torch.arange(h.hop_size, dtype=torch.float64) + 0.5) / h.hop_size - 0.5
         weights = [(-place).clamp(min=0), 1 - place.abs(), place.clamp(min=0)]
         self._keep("between", torch.stack(weights))
         # The two transforms as matrices, real and imaginary parts in turns.
@@ -134,7 +135,8 @@ class HarmonicSTFT(nn.Module):
         self, x: torch.Tensor, mel: torch.Tensor, origin: Origin
     ) -> tuple[torch.Tensor, Voice]:
         correction, noise, pitch = x.transpose(1, 2).split(self.channels, dim=2)
-        log_f0 = pitch.softmax(2) @ self.pitches
+        # In float64, for what rounding does to the pitch adds up in the phase.
+        log_f0 = pitch.double().softmax(2) @ self.pitches
         if self.training:  # Of no meaning, but another for each segment, and the same again.
             chance = mel.double().sum((1, 2), keepdim=True).square()
             origin = Origin(chance.long().flatten(1), cycles=chance.flatten(1))
@@ -155,7 +157,7 @@ class HarmonicSTFT(nn.Module):
         edge = (self.n_fft - self.hop_size) // 2
         near = F.pad(log_f0.unsqueeze(1), (1, 1), mode="replicate")[:, 0].unfold(1, 3, 1)
         f0 = (near @ self.between).exp().flatten(1)  # [B, T * hop_size]
-        per_sample = f0.double() / self.sampling_rate
+        per_sample = f0 / self.sampling_rate
         cycles = per_sample.cumsum(1) - per_sample  # at the start of each sample
         cycles = cycles - cycles[:, origin.anchor * self.hop_size, None] + origin.cycles
         around = (edge, self._beyond - edge)
@@ -164,8 +166,8 @@ class HarmonicSTFT(nn.Module):
         before = cycles[:, :1] - first * torch.arange(edge, 0, -1, device=f0.device)
         after = cycles[:, -1:] + last * torch.arange(1, around[1] + 1, device=f0.device)
         turns = torch.cat([before, cycles, after], dim=1)
-        half = (math.pi * (turns - turns.round())).float()  # of the angle
-        f0 = F.pad(f0.unsqueeze(1), around, mode="replicate")[:, 0]
+        half = (math.pi * (turns - turns.round())).to(self.window.dtype)  # of the angle
+        f0 = F.pad(f0.to(half.dtype).unsqueeze(1), around, mode="replicate")[:, 0]
         harmonics = 0.5 * self.sampling_rate / f0
         whole = harmonics.floor()
         is_peak = half.abs() < 1e-4

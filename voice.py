@@ -26,7 +26,7 @@ EDGE = 4  # frames at either end of a segment, whose windows reach beyond it
 class Voice(NamedTuple):
     """What a generator hears in a mel [B, num_mels, T]."""
 
-    log_f0: torch.Tensor  # [B, T], natural logarithm of Hz, in unvoiced frames too
+    log_f0: torch.Tensor  # [B, T], float64, natural logarithm of Hz, in unvoiced frames too
     noise: torch.Tensor  # [B, T, bins], share of the amplitude that is noise, 0 to 1
     cycles: torch.Tensor  # [B, T], float64, of the pulses up to the start of each frame
 
@@ -133,6 +133,6 @@ class VoiceLoss(nn.Module):
         frames = log_f0.shape[1]
         inner = slice(EDGE, frames - EDGE) if frames > 2 * EDGE else slice(None)
         weight = (periodicity - VOICED).clamp(min=0)[:, inner]
-        distance = (voice.log_f0 - log_f0).abs()[:, inner]
+        distance = (voice.log_f0.float() - log_f0).abs()[:, inner]
         pitch = (weight * distance).sum() / weight.sum().clamp(min=1)
         return pitch + F.l1_loss(voice.noise[:, inner], noise[:, inner])

@@ -18,7 +18,7 @@ import export_onnx
 from env import UserError, load_config
 from inference import synthesize
 from tests.conftest import new_generator, random_mel
-from tools.toy import ROOT, run_main
+from tools.toy import ROOT, run_main, save_checkpoint
 
 
 def export(folder, *flags) -> int:
@@ -57,6 +57,22 @@ def test_onnx_runtime_gives_pytorchs_samples(exported, batch, frames):
     for given, heard in zip(mel, wav[:, 0], strict=True):
         expected = synthesize(generator, torch.from_numpy(given)).numpy()
         np.testing.assert_allclose(heard, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_pulses_and_noise_are_the_same_in_onnx_runtime(tmp_path, capsys):
+    """Of the mel's own rate. A phase of many cycles is as exact as its pitch; see export_onnx."""
+    generator = new_generator(tmp_path, "configs/frame_v2.json")
+    save_checkpoint(tmp_path / "g_00500000", {"generator": generator.state_dict()})
+    assert export(tmp_path) == 0
+    assert "largest difference from PyTorch" in capsys.readouterr().out
+    generator, _ = export_onnx.load_generator(tmp_path / "g_00500000")
+    for frames, allowed in ((20, 3e-4), (333, 5e-3)):
+        mel = random_mel(frames)
+        (wav,) = run_onnx(tmp_path, mel[None].numpy())[:, 0]
+        expected = synthesize(generator, mel).numpy()
+        np.testing.assert_allclose(wav, expected, rtol=0, atol=allowed * np.abs(expected).max())
+    metadata = onnx.load(tmp_path / "misrnet.onnx").metadata_props
+    assert "receptive_field" not in {entry.key for entry in metadata}  # it is spoken whole
 
 
 def test_the_file_is_whole_and_says_which_mel_it_takes(exported):
