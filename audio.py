@@ -111,6 +111,8 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
         # Mapped, so that a header that claims too much fails before any memory is taken.
         with np.errstate(over="ignore"):  # as its claims may
             mel = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the mel of a clip") from None
     except Exception as error:  # a damaged header fails in a dozen ways
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(mel, np.ndarray) or mel.dtype.kind not in "fiu":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from audio import AUDIO_EXTENSIONS, load_wav, write_wav, writing_wav
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
-from heads import Origin
+from heads import InverseSTFT, Origin
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, mel_of_stretch
 from models import Generator
 from utils import (
@@ -44,6 +44,8 @@ from utils import (
     say,
 )
 from weights import generator_weights, is_y_chans, load_checkpoint, load_weights
+
+LOUD_LOG_MELS = (1.0, -4.0)  # of the lowest and highest band of loud speech
 
 
 class Mel(NamedTuple):
@@ -81,7 +83,29 @@ def load_generator(
         generator = Generator(h)
         generator.remove_weight_norm()
         load_weights(generator, weights, checkpoint_file)
+        if isinstance(generator.istft, InverseSTFT) and is_clamped(generator):
+            bound = math.exp(generator.istft.max_log_magnitude)
+            say(
+                f"{checkpoint_file}: magnitudes above {bound:g}, more than any waveform in "
+                "[-1, 1] has, are clamped; see docs/differences.md"
+            )
         return prepare(generator, device, precision), h
+
+
+@torch.no_grad()
+def is_clamped(generator: Generator) -> bool:
+    """True where the inverse STFT of a mel, from silence to loud speech, meets its bound."""
+    num_mels = generator.conv_pre.in_channels
+    tilt = torch.linspace(*LOUD_LOG_MELS, num_mels)[:, None] - LOUD_LOG_MELS[0]
+    mel = torch.linspace(SILENT_LOG_MEL, LOUD_LOG_MELS[0], 32) + tilt
+    largest = []
+
+    def listen(istft: InverseSTFT, given: tuple[torch.Tensor]) -> None:
+        largest.append(float(given[0].chunk(2, dim=1)[0].max()) - istft.max_log_magnitude)
+
+    with generator.istft.register_forward_pre_hook(listen):
+        generator(mel.clamp(min=SILENT_LOG_MEL).unsqueeze(0))
+    return largest[0] > 0
 
 
 @contextlib.contextmanager

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
-from models import Generator, InverseSTFT
-from tools.toy import toy_config
+from heads import InverseSTFT
+from inference import load_generator
+from models import Generator
+from tests.conftest import new_generator
+from tools.toy import save_checkpoint, toy_config
 
 
 def by_torch(x: torch.Tensor, n_fft: int, hop_size: int) -> torch.Tensor:
@@ -70,3 +73,15 @@ def test_the_head_computes_in_fp32_under_autocast(tmp_path):
     assert dtypes == [torch.float32]
     assert wav.dtype == torch.float32
     assert wav.shape == (1, 1, 5 * h.hop_size)
+
+
+@pytest.mark.parametrize("excess", [0.0, 9.0])
+def test_weights_whose_magnitudes_meet_the_bound_say_so(tmp_path, capsys, excess):
+    generator = new_generator(tmp_path, "configs/istft_v2.json")
+    weights = generator.state_dict()
+    bins = generator.istft.in_channels // 2
+    weights["conv_post.bias"][:bins] += excess
+    save_checkpoint(tmp_path / "g_00000001", {"generator": weights})
+    load_generator(tmp_path / "g_00000001")
+    said = capsys.readouterr().out
+    assert ("magnitudes above 64, more than any waveform" in said) == (excess > 0)
