@@ -24,7 +24,7 @@ from audio import load_wav, write_wav
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
 from inference import Streamer, load_generator
-from meldataset import LogMelSpectrogram, mel_of_stretch
+from meldataset import LogMelSpectrogram, mel_filterbank, mel_of_stretch
 from pictures import plot_spectrogram
 from utils import command_line, command_parser, is_out_of_memory, natural, say
 
@@ -67,9 +67,7 @@ def griffin_lim(mel: torch.Tensor, h: Config) -> torch.Tensor:
 
     Source: Griffin, Lim, "Signal estimation from modified short-time Fourier transform", 1984.
     """
-    filterbank = librosa.filters.mel(
-        sr=h.sampling_rate, n_fft=h.n_fft, n_mels=h.num_mels, fmin=h.fmin, fmax=h.fmax
-    )
+    filterbank = mel_filterbank(h, h.fmax).numpy()
     magnitude = np.maximum(0, np.linalg.pinv(filterbank) @ mel.exp().numpy())
     sizes = {"n_fft": h.n_fft, "hop_length": h.hop_size, "win_length": h.win_size}
     wav = librosa.griffinlim(magnitude, n_iter=ITERATIONS, center=False, random_state=0, **sizes)

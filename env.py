@@ -280,10 +280,15 @@ def _checks(h: Config) -> Iterator[tuple[bool, str, str]]:
 
 def _empty_bands(h: Config, num_mels: int, n_fft: int, fmax: float | None) -> int:
     """How many of a mel's bands lie between two bins of the STFT, and would always be silent."""
-    low, high = _mel_of_hz(h.fmin), _mel_of_hz(h.sampling_rate / 2 if fmax is None else fmax)
-    step = (high - low) / (num_mels + 1)
-    edges = [_hz_of_mel(low + step * i) * n_fft / h.sampling_rate for i in range(num_mels + 2)]
+    top = h.sampling_rate / 2 if fmax is None else fmax
+    edges = [hz * n_fft / h.sampling_rate for hz in band_edges(num_mels, h.fmin, top)]
     return sum(math.floor(a) + 1 >= b for a, b in zip(edges, edges[2:], strict=False))
+
+
+def band_edges(num_mels: int, fmin: float, fmax: float) -> list[float]:
+    """Hz between which the bands of a mel lie: of band i the ends are [i] and [i + 2]."""
+    low, high = _mel_of_hz(fmin), _mel_of_hz(fmax)
+    return [_hz_of_mel(low + (high - low) * i / (num_mels + 1)) for i in range(num_mels + 2)]
 
 
 def _mel_of_hz(hz: float) -> float:

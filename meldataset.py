@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import librosa
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from audio import AUDIO_EXTENSIONS, Wav, load_mel, load_wav, open_wav, write_npy
-from env import Config, UserError, load_config
+from env import Config, UserError, band_edges, load_config
 from utils import Tally, command_line, command_parser, find_file, plan_outputs
 
 MAX_AMPLITUDE = 0.95  # of each training clip's peak, as in HiFi-GAN
@@ -43,6 +42,19 @@ class MelRecipe(NamedTuple):
     num_mels: int
 
 
+def mel_filterbank(h: Config | MelRecipe, fmax: float | None) -> torch.Tensor:
+    """Slaney's triangles of equal area, [num_mels, n_fft // 2 + 1], float32.
+
+    librosa's, to rounding; to import that takes a second.
+    """
+    nyquist = h.sampling_rate / 2
+    edges = np.array(band_edges(h.num_mels, h.fmin, nyquist if fmax is None else fmax))
+    bins = np.linspace(0, nyquist, h.n_fft // 2 + 1)
+    low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    triangles = np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle))
+    return torch.from_numpy(triangles.clip(min=0) * 2 / (high - low)).float()
+
+
 class LogMelSpectrogram(nn.Module):
     """wav [B, N] -> log-mel [B, num_mels, N // hop_size], HiFi-GAN's, for every mel of the project.
 
@@ -55,10 +67,7 @@ class LogMelSpectrogram(nn.Module):
     def __init__(self, h: Config | MelRecipe, fmax: float | None):
         super().__init__()
         self.n_fft, self.hop_size, self.win_size = h.n_fft, h.hop_size, h.win_size
-        filterbank = librosa.filters.mel(
-            sr=h.sampling_rate, n_fft=h.n_fft, n_mels=h.num_mels, fmin=h.fmin, fmax=fmax
-        )
-        self.register_buffer("filterbank", torch.from_numpy(filterbank), persistent=False)
+        self.register_buffer("filterbank", mel_filterbank(h, fmax), persistent=False)
         self.register_buffer("window", torch.hann_window(h.win_size), persistent=False)
 
     def forward(self, wav: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import librosa
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from env import Config
+from env import Config, band_edges
 from metrics import SIDES, Pair
 
 PICTURED_LOG_MELS = (-11.5, 2.0)  # one scale, so that pictures compare: silence to loud speech
@@ -21,8 +20,7 @@ COLOURS = "magma"
 def band_of(hertz: float, h: Config, fmax: float | None) -> float:
     """Where a frequency lies on the axis of a mel up to `fmax`: band i reaches from i to i + 1."""
     fmax = h.sampling_rate / 2 if fmax is None else fmax
-    # The filterbank's corners: band i has its top at number i + 1.
-    corners = librosa.mel_frequencies(h.num_mels + 2, fmin=h.fmin, fmax=fmax)
+    corners = band_edges(h.num_mels, h.fmin, fmax)  # band i has its top at number i + 1
     return float(np.interp(hertz, corners, np.arange(h.num_mels + 2) - 0.5))
 
 
