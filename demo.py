@@ -2,10 +2,10 @@
 
     make demo            # makes .venv, installs, and runs python demo.py
 
-eSpeak NG speaks sentences; train.py takes the weights in pretrained/, which know one real voice,
+eSpeak NG speaks sentences; train.py takes weights in pretrained/, which know real voices,
 and teaches them this one; inference.py, inference_e2e.py and evaluate.py show what was learnt, on
 sentences that were held out. Every step is a command that you could type, and is printed. All of
-it lands in demo/, the report in demo/report.md.
+it lands in demo/: listen to it on demo/index.html, read demo/report.md.
 
 It is a demonstration: a synthetic voice, three minutes of it, a small generator, minutes of
 training. A vocoder for real speech takes a corpus such as LJSpeech and days on a GPU.
@@ -27,19 +27,16 @@ import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from audio import load_wav
 from checkpoint import checkpoint_path, checkpoint_steps
-from env import Config, UserError, load_config
-from meldataset import LogMelSpectrogram
-from pictures import PICTURED_LOG_MELS
+from env import UserError
 from utils import command_line, command_parser, positive, say
 
 HERE = Path(__file__).parent
-PRETRAINED = HERE / "pretrained/istft_v2_ljspeech/g_00057768"
+PRETRAINED = HERE / "pretrained/frame_v2_universal/g_00005500"
 # To those weights' config: what makes the most of a few minutes.
 CHANGES = {"learning_rate": 0.001, "lr_decay": 0.998, "adversarial_from": 1_000_000}
 CHECKPOINT_INTERVAL = 200  # steps
-VOICE = "en+f3"  # its pitch is near that of the voice in pretrained/
+VOICE = "en+f3"
 HELD_OUT = 4  # sentences, the last of SENTENCES
 SHOWN_METRICS = ("mel_l1", "pesq_wb", "stoi", "vuv_f1")  # of evaluate.py's
 
@@ -201,10 +198,7 @@ def train(folder: Path, minutes: float) -> None:
         *("--input_wavs_dir", folder / "wavs"),
         *("--input_training_file", folder / "training.txt"),
         *("--input_validation_file", folder / "validation.txt"),
-        *(
-            "--precision",
-            fast_precision(),
-        ),
+        *("--precision", fast_precision()),
         *("--checkpoint_interval", CHECKPOINT_INTERVAL, "--keep_checkpoints", 1),
         *("--validation_interval", CHECKPOINT_INTERVAL, "--stdout_interval", 50),
         seconds=60 * minutes,
@@ -219,20 +213,29 @@ def fast_precision() -> str:
     return "bf16" if cpu.exists() and "bf16" in cpu.read_text() else "fp32"
 
 
-def vocode(folder: Path, checkpoint: Path, name: str) -> dict[str, float | None]:
-    """inference.py and evaluate.py on the held-out sentences; returns the means by metric."""
+def vocode(folder: Path, checkpoint: Path, name: str) -> None:
+    """inference.py on the held-out sentences."""
     run_script(
         "inference.py",
         *("--input_wavs_dir", folder / "held_out", "--output_dir", folder / name),
         *("--checkpoint_file", checkpoint),
     )
+
+
+def compare(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    """evaluate.py on what was vocoded, with a page to hear it; the means by name and metric."""
     run_script(
         "evaluate.py",
-        *("--reference_dir", folder / "held_out", "--generated_dir", folder / name),
-        *("--config", checkpoint.parent / "config.json", "--output", folder / f"{name}.json"),
+        *("--reference_dir", folder / "held_out"),
+        *("--generated_dir", *(folder / name for name in names)),
+        *("--config", folder / "config.json", "--output", folder / "results.json"),
+        *("--page", folder),
     )
-    report = json.loads((folder / f"{name}.json").read_text())
-    return {metric: facts["systems"][name]["mean"] for metric, facts in report["metrics"].items()}
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    return {
+        name: {metric: facts["systems"][name]["mean"] for metric, facts in metrics.items()}
+        for name in names
+    }
 
 
 def stream(folder: Path, checkpoint: Path) -> None:
@@ -252,23 +255,6 @@ def stream(folder: Path, checkpoint: Path) -> None:
 # ------------------------------------------------------------------------------------- the report
 
 
-def draw_spectrograms(wavs: dict[str, Path], h: Config, path: Path) -> None:
-    """The log-mels, up to half of the sampling rate, of `wavs` by title, one below the other."""
-    log_mel = LogMelSpectrogram(h, fmax=None)
-    figure = Figure(figsize=(9, 2.2 * len(wavs)), layout="constrained")
-    low, high = PICTURED_LOG_MELS
-    for axes, (title, wav) in zip(
-        figure.subplots(len(wavs), sharex=True), wavs.items(), strict=True
-    ):
-        mel = log_mel(load_wav(wav, h.sampling_rate)[None])[0]
-        end = mel.shape[1] * h.hop_size / h.sampling_rate
-        extent = (0, end, 0, h.num_mels)
-        axes.imshow(mel.numpy(), aspect="auto", origin="lower", vmin=low, vmax=high, extent=extent)
-        axes.set(title=title, ylabel="mel band")
-    axes.set_xlabel("time (s)")
-    figure.savefig(path, dpi=100)
-
-
 def draw_curve(logs: Path, path: Path) -> None:
     """The mel loss of training and the mel error of validation, step by step."""
     events = EventAccumulator(str(logs))
@@ -284,28 +270,25 @@ def draw_curve(logs: Path, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def metric_table(rows: dict[str, dict[str, float | None]]) -> str:
-    """SHOWN_METRICS of each row, by its title, in markdown."""
-    shown = [name for name in SHOWN_METRICS if any(name in row for row in rows.values())]
-    lines = [f"| speech | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
-    for title, row in rows.items():
+def metric_table(means: dict[str, dict[str, float]]) -> str:
+    """SHOWN_METRICS of each system, by its name, in markdown."""
+    shown = [name for name in SHOWN_METRICS if any(name in row for row in means.values())]
+    lines = [f"| system | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+    for system, row in means.items():
         cells = ["" if row.get(name) is None else f"{row[name]:.3f}" for name in shown]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append(f"| {system} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def write_report(folder: Path, stages: dict[str, str], table: str, seconds: float) -> None:
-    """report.md and its pictures. `stages`: the folders of generated speech, by title."""
-    clip = f"sentence{len(SENTENCES):02}"
-    wavs = {f"reference: {SENTENCES[-1]!r}": folder / f"held_out/{clip}.wav"}
-    wavs |= {title: folder / f"{name}/{clip}_generated.wav" for title, name in stages.items()}
-    draw_spectrograms(wavs, load_config(folder / "config.json"), folder / "spectrograms.png")
+def write_report(folder: Path, table: str, seconds: float) -> None:
+    """report.md and the curve."""
     draw_curve(folder / "cp/logs", folder / "curve.png")
     (folder / "report.md").write_text(
         f"# What MISRNet learnt in minutes\n\n{HELD_OUT} sentences that it never heard, vocoded "
         f"from their mels:\n\n{table}\n\n"
         "`mel_l1`: lower is better; the others: higher. `python evaluate.py --help` says what "
-        "each is.\n\n![spectrograms](spectrograms.png)\n\n![learning curve](curve.png)\n\n"
+        "each is. Hear and see them: [index.html](index.html).\n\n"
+        "![learning curve](curve.png)\n\n"
         f"The whole demonstration took {seconds / 60:.1f} minutes. It is one: a synthetic voice, "
         f"{len(SENTENCES) - HELD_OUT} sentences, a small generator, no adversarial losses. A "
         "vocoder for real speech takes a corpus such as LJSpeech (24 hours) and days on a GPU: "
@@ -330,26 +313,27 @@ def main() -> int:
     say(f"1. A corpus: eSpeak NG speaks {len(SENTENCES)} sentences (seconds).")
     seconds = write_corpus(folder)
     say(f"   {seconds / 60:.1f} minutes of speech in {folder}/wavs; {HELD_OUT} are held out.")
-    say("\n2. The held-out sentences, by weights that know another voice (half a minute).")
-    stages = {"shipped weights": "before"}
-    rows = {"shipped weights": vocode(folder, PRETRAINED, "before")}
+    say("\n2. The held-out sentences, by weights that never heard this voice (seconds).")
+    vocode(folder, PRETRAINED, "shipped")
+    names = ["shipped"]
     say(f"\n3. Training on this voice for {a.minutes} minutes; its Mel-Spec. Error should fall.")
     train(folder, a.minutes)
     saved = checkpoint_steps(folder / "cp", "g")
     if not saved:
         raise UserError(f"not one step in {a.minutes} minutes; raise --minutes")
-    for steps, name in {saved[0]: "early", saved[-1]: "final"}.items():
-        say(f"\n4. The held-out sentences after {steps} steps (half a minute).")
-        stages[f"after {steps} steps"] = name
+    say("\n4. The held-out sentences, early and at the end (seconds).")
+    for steps in dict.fromkeys((saved[0], saved[-1])):
+        names.append(f"after_{steps}_steps")
         checkpoint = checkpoint_path(folder / "cp", "g", steps)
-        rows[f"after {steps} steps"] = vocode(folder, checkpoint, name)
+        vocode(folder, checkpoint, names[-1])
     say("\n5. From mels, in chunks of a third of a second, as a stream would have them (seconds).")
     stream(folder, checkpoint)
-    table = metric_table(rows)
-    write_report(folder, stages, table, time.monotonic() - begin)
+    say("\n6. How near each comes to the sentences themselves, and a page to hear it (a minute).")
+    table = metric_table(compare(folder, names))
+    write_report(folder, table, time.monotonic() - begin)
     say(
-        f"\n{table}\n\nListen to {folder}/before and {folder}/final, and to "
-        f"{folder}/held_out, what they should sound like; look at {folder}/report.md.\n"
+        f"\n{table}\n\nListen: open {(folder / 'index.html').resolve()} in a browser. The figures "
+        f"and the curve are in {folder}/report.md.\n"
         "This was a synthetic voice and minutes of training. For real speech see the README."
     )
     return 0

@@ -69,7 +69,7 @@ class VoiceMeter(nn.Module):
         products = torch.fft.irfft(start.conj() * spectrum, n=n_fft)
         energy = F.pad(frames.square().cumsum(-1), (1, 0))
         lags = torch.arange(self.shortest, self.longest + 1, device=wav.device)
-        shifted = energy[..., lags + compared - 1] - energy[..., lags - 1]
+        shifted = energy[..., lags + compared] - energy[..., lags]
         likeness = products[..., lags] / (energy[..., compared, None] * shifted + TINY).sqrt()
         cost = OCTAVE_COST * (lags / self.shortest).log2()
         best = (likeness - cost)[..., 1:-1].argmax(-1, keepdim=True) + 1

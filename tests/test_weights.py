@@ -340,7 +340,7 @@ def test_a_stored_mel_gives_the_stored_samples(name, tmp_path):
 
 
 SHIPPED = sorted(folder.parent for folder in ROOT.glob("pretrained/*/config.json"))
-LARGEST_MEL_L1, LOWEST_PESQ = 0.8, 1.3  # random weights: 1.6 and 1.04
+LARGEST_MEL_L1, LOWEST_PESQ = 0.6, 1.3
 
 
 @pytest.fixture(scope="module")
@@ -368,8 +368,8 @@ def test_the_shipped_weights_speak_and_random_ones_do_not(folder, sentence):
     assert spoken["mel_l1"] < LARGEST_MEL_L1
     assert spoken["pesq_wb"] > LOWEST_PESQ
     babble = qualities(Generator(h).eval(), h, sentence)
-    assert babble["mel_l1"] > 1.5 * LARGEST_MEL_L1
-    assert babble["pesq_wb"] < LOWEST_PESQ - 0.1
+    assert babble["mel_l1"] > 1.5 * spoken["mel_l1"] and babble["mel_l1"] > LARGEST_MEL_L1
+    assert babble["pesq_wb"] < spoken["pesq_wb"] - 0.2
 
 
 def test_there_are_shipped_weights():

@@ -32,7 +32,7 @@ from tools.toy import ROOT
 from train import training_step
 from utils import command_line, command_parser, positive
 
-LISTS = ROOT / "pretrained/istft_v2_ljspeech"  # of three minutes and half a minute of LJSpeech
+LISTS = ROOT / "tools"  # of three minutes and half a minute of LJSpeech
 WARM_UP = 20  # updates
 COMMON = {
     "learning_rate": 0.0005,
@@ -141,10 +141,10 @@ def parse_arguments() -> argparse.Namespace:
         "--input_wavs_dir", metavar="DIR", default="LJSpeech-1.1/wavs", help="as of train.py"
     )
     parser.add_argument(
-        "--input_training_file", metavar="FILE", default=LISTS / "training.txt", help="likewise"
+        "--input_training_file", metavar="FILE", default=LISTS / "learn_training.txt", help="likewise"
     )
     parser.add_argument(
-        "--input_validation_file", metavar="FILE", default=LISTS / "validation.txt", help="likewise"
+        "--input_validation_file", metavar="FILE", default=LISTS / "learn_validation.txt", help="likewise"
     )
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows of the table"
