@@ -48,8 +48,9 @@ def scores(path) -> list[tuple[str, dict[str, str]]]:
         if "distill_mos" not in columns.values():
             continue
         for row in rows:
-            cells = {columns[i]: cell for i, cell in enumerate(row) if re.fullmatch(r"[\d.]+", cell)}
-            found.append((row[0], {name: cells[name] for name in cells if name in METRICS}))
+            numbers = {i: cell for i, cell in enumerate(row) if re.fullmatch(r"[\d.]+", cell)}
+            cells = {columns[i]: cell for i, cell in numbers.items() if columns[i] in METRICS}
+            found.append((row[0], cells))
     return found
 
 

@@ -496,7 +496,7 @@ def test_fine_tuning_mels_three_frames_off_are_refused(tmp_path, mel_frames):
         (counted(10).T, "transposed"),
         (counted(10)[:79], "shape [79, 10]; expected [80, T]"),
         (np.full((80, 10), None), "cannot be loaded|not a readable"),
-        (None, "No such file"),
+        (None, "no such file"),
     ],
     ids=["transposed", "bands", "objects", "missing"],
 )

@@ -141,10 +141,16 @@ def parse_arguments() -> argparse.Namespace:
         "--input_wavs_dir", metavar="DIR", default="LJSpeech-1.1/wavs", help="as of train.py"
     )
     parser.add_argument(
-        "--input_training_file", metavar="FILE", default=LISTS / "learn_training.txt", help="likewise"
+        "--input_training_file",
+        metavar="FILE",
+        default=LISTS / "learn_training.txt",
+        help="likewise",
     )
     parser.add_argument(
-        "--input_validation_file", metavar="FILE", default=LISTS / "learn_validation.txt", help="likewise"
+        "--input_validation_file",
+        metavar="FILE",
+        default=LISTS / "learn_validation.txt",
+        help="likewise",
     )
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows of the table"
