@@ -34,7 +34,7 @@ def log_mel(name: str = BEST, device: str = "cpu") -> LogMelSpectrogram:
 
 def _folder(name: str) -> Path:
     folder = PRETRAINED / name
-    if not folder.is_dir():
-        names = ", ".join(sorted(path.name for path in PRETRAINED.iterdir() if path.is_dir()))
+    if not (folder / "config.json").exists():
+        names = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.json")))
         raise ValueError(f"{name}: no such weights; there are {names}")
     return folder

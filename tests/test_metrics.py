@@ -259,8 +259,7 @@ def test_without_pyin_its_three_metrics_are_left_out(capsys, monkeypatch):
 @cache
 def recording() -> np.ndarray:
     """4 s of LJSpeech, on the page of the shipped weights."""
-    page = ROOT / "pretrained/misr_v1_universal/samples"
-    return load_wav(page / "index_files/0001-0.flac", RATE).numpy()
+    return load_wav(ROOT / "pretrained/samples/index_files/0001-0.flac", RATE).numpy()
 
 
 def opinion(wav: np.ndarray) -> float:
