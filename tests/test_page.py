@@ -290,6 +290,24 @@ def test_one_key_jumps_between_systems_at_the_same_moment(tab):
     assert heard[1] == "rough" and 1.7 <= heard[2] < 2
 
 
+def test_keys_that_come_faster_than_the_sound_leave_one_player_on(tab):
+    tab.keyboard.press("1")
+    wait_for_sound(tab)
+    keys = "ssss0ssssss2s"  # of three systems, the last is followed by the first
+    heard = tab.evaluate(
+        """keys => {
+            for (const key of keys) document.body.dispatchEvent(
+                new KeyboardEvent("keydown", { key, bubbles: true }));
+            return [...document.querySelectorAll("audio")].filter(audio => !audio.paused)
+                .map(audio => audio.closest(".cell").dataset.system);
+        }""",
+        keys,
+    )
+    assert heard == ["reference"]  # before any event of a player
+    wait_for_sound(tab)
+    assert [each[:2] for each in playing(tab)] == [["second", "reference"]]
+
+
 def test_keys_walk_from_clip_to_clip(tab):
     tab.keyboard.press("n")
     tab.keyboard.press("2")
