@@ -29,7 +29,7 @@ LAMBDA_VOICE = 100.0  # beside a lambda_mel of 45
 def training_step(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
     """One update of the discriminators, then one of the generator.
 
-    Before the config's `adversarial_from`, the generator learns from the mel loss alone, and the
+    Before the config's `adversarial_from`, the generator learns without discriminators, and the
     discriminators stay as they are.
 
     Args:

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import build_state
 from env import UserError, load_config
 from heads import HarmonicSTFT, Origin
 from inference import Streamer, synthesize
 from meldataset import LogMelSpectrogram
 from models import Generator
 from tools.toy import speech_like, toy_config, write_config
+from train import LAMBDA_VOICE, training_step
 from voice import VoiceLoss
 
 FRAMES = "configs/frame_v2.json"
@@ -209,3 +211,14 @@ def test_every_weight_learns(tmp_path):
     wav_hat, voice = generator(LogMelSpectrogram(h, h.fmax)(wav), Origin())
     (wav_hat.square().sum() + VoiceLoss(h)(voice, wav)).backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in generator.parameters())
+
+
+def test_a_training_step_adds_the_loss_of_the_voice(tmp_path):
+    h = toy_config(tmp_path, FRAMES, batch_size=1)
+    state = build_state(h, torch.device("cpu"))
+    wav = torch.from_numpy(speech_like(h.segment_size / h.sampling_rate)).float()[None, None]
+    losses = training_step(state, LogMelSpectrogram(h, h.fmax)(wav[0]), wav)
+    assert losses.keys() == {"gen_loss_total", "gen_loss_mel", "gen_loss_voice"}
+    expected = h.lambda_mel * losses["gen_loss_mel"] + LAMBDA_VOICE * losses["gen_loss_voice"]
+    torch.testing.assert_close(losses["gen_loss_total"], expected)
+    assert losses["gen_loss_voice"] > 0
