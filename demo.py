@@ -109,7 +109,9 @@ Before the machine could speak, it had to learn how to listen.
 
 
 class Espeak:
-    """eSpeak NG's synthesiser, from the wheel `espeakng-loader`.
+    """eSpeak NG's synthesiser, from the wheel `espeakng-loader`. Make one a process.
+
+    Initialised twice, eSpeak NG 1.52 reads memory that it freed, and may crash.
 
     Raises:
         UserError: the wheel is missing or its library cannot be loaded here.

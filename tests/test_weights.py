@@ -14,7 +14,6 @@ from torch import nn
 import inference_e2e
 from audio import load_wav
 from checkpoint import build_state, checkpoint_path, checkpoint_steps, resume, save, warm_start
-from demo import SENTENCES, VOICE, Espeak
 from env import Config, UserError, load_config
 from inference import load_generator, synthesize
 from meldataset import LogMelSpectrogram
@@ -340,36 +339,28 @@ def test_a_stored_mel_gives_the_stored_samples(name, tmp_path):
 
 
 SHIPPED = sorted(folder.parent for folder in ROOT.glob("pretrained/*/config.json"))
-LARGEST_MEL_L1, LOWEST_PESQ = 0.6, 1.3
+RECORDING = ROOT / "pretrained/samples/index_files/0001-0.flac"  # in no training list
+LARGEST_MEL_L1, LOWEST_PESQ = 0.5, 2.5
 
 
-@pytest.fixture(scope="module")
-def sentence(tmp_path_factory) -> Path:
-    """A wav of a sentence that eSpeak NG says."""
-    path = tmp_path_factory.mktemp("espeak") / "sentence.wav"
-    espeak = Espeak(VOICE)
-    soundfile.write(path, espeak.speak(SENTENCES[0]), espeak.sampling_rate)
-    return path
-
-
-def qualities(generator: Generator, h: Config, path: Path) -> dict[str, float]:
-    """mel_l1 and pesq_wb of the sentence at `path`, vocoded from its mel."""
-    wav = load_wav(path, h.sampling_rate)
+def qualities(generator: Generator, h: Config) -> dict[str, float]:
+    """mel_l1 and pesq_wb of 2 s of the recording, vocoded from their mel."""
+    wav = load_wav(RECORDING, h.sampling_rate)[: 2 * h.sampling_rate]
     wav_hat = synthesize(generator, LogMelSpectrogram(h, h.fmax)(wav[None])[0])
     pair, names = Pair(wav, wav_hat, h), ("mel_l1", "pesq_wb")
     return {metric.name: metric.function(pair) for metric in METRICS if metric.name in names}
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-def test_the_shipped_weights_speak_and_random_ones_do_not(folder, sentence):
+def test_the_shipped_weights_speak_and_random_ones_do_not(folder):
     path = checkpoint_path(folder, "g", checkpoint_steps(folder, "g")[-1])
     generator, h = load_generator(path)
-    spoken = qualities(generator, h, sentence)
+    spoken = qualities(generator, h)
     assert spoken["mel_l1"] < LARGEST_MEL_L1
     assert spoken["pesq_wb"] > LOWEST_PESQ
-    babble = qualities(Generator(h).eval(), h, sentence)
+    babble = qualities(Generator(h).eval(), h)
     assert babble["mel_l1"] > 1.5 * spoken["mel_l1"] and babble["mel_l1"] > LARGEST_MEL_L1
-    assert babble["pesq_wb"] < spoken["pesq_wb"] - 0.2
+    assert babble["pesq_wb"] < spoken["pesq_wb"] - 1
 
 
 def test_there_are_shipped_weights():
