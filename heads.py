@@ -72,8 +72,7 @@ class HarmonicSTFT(nn.Module):
     but pulses at the right pitch, and noise, have phases like speech. Their STFT is brought to the
     mel's levels, band by band, and corrected. What comes out is no STFT of any waveform, so the
     inverse is followed by `consistency_steps`, through which one trains: STFT, keep the phase, put
-    the magnitude back, inverse STFT, with a learnt momentum. STFT and inverse are those of
-    LogMelSpectrogram: frame t is centred on samples t * hop_size to (t + 1) * hop_size.
+    the magnitude back, inverse STFT, with a learnt momentum.
 
     Pitch and noise are learnt from what voice.py measures, and no other gradient reaches them: of
     two spectra with unlike phases, the noisier one is the nearer.
@@ -85,51 +84,32 @@ class HarmonicSTFT(nn.Module):
 
     def __init__(self, h: Config):
         super().__init__()
-        self.n_fft, self.hop_size, self.steps = h.n_fft, h.hop_size, h.consistency_steps
-        self.sampling_rate = h.sampling_rate
-        self.overlap = -(-h.n_fft // h.hop_size) - 1  # frames before that a frame overlaps with
+        self.stft, self.pulses, self.steps = STFT(h), Pulses(h), h.consistency_steps
         bins = h.n_fft // 2 + 1
         self.channels = (bins, bins, PITCHES)
         self.in_channels = sum(self.channels)
+        self.max_log_magnitude = math.log(h.n_fft)  # which no window of [-1, 1] exceeds
         self.momentum = nn.Parameter(torch.tensor(0.5))
-        log_mel = LogMelSpectrogram(h, h.fmax)
-        window = F.pad(log_mel.window, ((h.n_fft - h.win_size) // 2,) * 2)
-        self._keep("window", F.pad(window, (0, h.n_fft - len(window))))
-        self._keep("filterbank", log_mel.filterbank.T)
-        self._keep("spread", _spread(log_mel.filterbank))
         low, high = map(math.log, F0_RANGE)
-        self._keep("pitches", torch.linspace(low, high, PITCHES, dtype=torch.float64))
-        # Linear interpolation between the centres of the frame before, the frame and the next.
-        place = (torch.arange(h.hop_size, dtype=torch.float64) + 0.5) / h.hop_size - 0.5
-        weights = [(-place).clamp(min=0), 1 - place.abs(), place.clamp(min=0)]
-        self._keep("between", torch.stack(weights))
-        # The two transforms as matrices, real and imaginary parts in turns.
-        samples, real = torch.eye(h.n_fft).double(), torch.eye(bins, dtype=torch.complex128)
-        self._keep("fourier", torch.view_as_real(torch.fft.rfft(samples)).flatten(1).float())
-        inverse = torch.fft.irfft(torch.stack([real, 1j * real], dim=1).flatten(0, 1), n=h.n_fft)
-        self._keep("inverse_fourier", inverse.float())
+        _keep(self, "pitches", torch.linspace(low, high, PITCHES, dtype=torch.float64))
+        filterbank = LogMelSpectrogram(h, h.fmax).filterbank
+        _keep(self, "filterbank", filterbank.T)
+        _keep(self, "spread", _spread(filterbank))
         random = torch.Generator().manual_seed(NOISE_SEED)
         noise = torch.randn(1, NOISE_FRAMES * h.hop_size, generator=random)
-        self._keep("noise", self._stft(torch.cat([noise, noise[:, : self._beyond]], dim=1))[0])
-
-    def _keep(self, name: str, constant: torch.Tensor) -> None:
-        self.register_buffer(name, constant, persistent=False)
-
-    @property
-    def _beyond(self) -> int:
-        """How many samples the windows of T frames reach beyond T * hop_size."""
-        return self.overlap * self.hop_size
+        # Windows that reach beyond its end hear its beginning.
+        _keep(self, "noise", self.stft(torch.cat([noise, noise[:, : self.stft.beyond]], 1))[0])
 
     @property
     def reach(self) -> int:
         """How many frames before, and after, its own frame a sample hears."""
-        n_fft, hop_size, edge = self.n_fft, self.hop_size, (self.n_fft - self.hop_size) // 2
+        n_fft, hop_size, edge = self.stft.n_fft, self.stft.hop_size, self.stft.edges[0]
         # The pulses that lie with a sample of frame 0 in a window, and the centres between which
         # their pitch lies.
         first = -((n_fft - 1 - edge) // hop_size) * hop_size - edge
         last = (hop_size - 1 + edge) // hop_size * hop_size - edge + n_fft - 1
         before, after = -((first - hop_size // 2) // hop_size), (last + hop_size // 2) // hop_size
-        return max(before, after) + self.steps * self.overlap
+        return max(before, after) + self.steps * self.stft.overlap
 
     def forward(
         self, x: torch.Tensor, mel: torch.Tensor, origin: Origin
@@ -140,69 +120,104 @@ class HarmonicSTFT(nn.Module):
         if self.training:  # Of no meaning, but another for each segment, and the same again.
             chance = mel.double().sum((1, 2), keepdim=True).square()
             origin = Origin(chance.long().flatten(1), cycles=chance.flatten(1))
-        pulses, cycles = self._pulses(log_f0.detach(), origin)
+        pulses, cycles = self.pulses(log_f0.detach(), origin, x.dtype)
         voice = Voice(log_f0, noise.sigmoid(), cycles)
         spectrum = self._mix(pulses, voice.noise.detach(), origin)
         size = _size(spectrum)
         level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
         lift = (mel.to(x.dtype).transpose(1, 2) - level) @ self.spread
-        magnitude = (size.log() + lift + correction).clamp(max=math.log(self.n_fft)).exp()
-        return self._consistent(spectrum, magnitude, mel.shape[2]), voice
+        magnitude = (size.log() + lift + correction).clamp(max=self.max_log_magnitude).exp()
+        return self._consistent(spectrum, magnitude), voice
 
-    def _pulses(self, log_f0: torch.Tensor, origin: Origin) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pulses of unit power at a pitch [B, T]: [B, (T + overlap) * hop_size], cycles [B, T].
+    def _mix(self, pulses: torch.Tensor, noise: torch.Tensor, origin: Origin) -> torch.Tensor:
+        """Pulses [B, N + beyond] and noise, by its share [B, T, bins]: a spectrum."""
+        frames = origin.frame + torch.arange(noise.shape[1], device=noise.device)
+        rest = (1 - noise.square()).sqrt()
+        return _times(self.stft(pulses), rest) + _times(self.noise[frames % NOISE_FRAMES], noise)
 
-        A pulse is the sum of all harmonics below half of the sampling rate, in closed form.
-        """
-        edge = (self.n_fft - self.hop_size) // 2
+    def _consistent(self, spectrum: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+        """The phases of a spectrum [B, T, bins, 2] with magnitudes [B, T, bins]: [B, 1, N]."""
+        before, direction, weights = spectrum, spectrum, self.stft.weights(magnitude.shape[1])
+        for step in range(self.steps + 1):
+            wav = self.stft.inverse(_with_magnitude(direction, magnitude)) * weights
+            if step < self.steps:
+                spectrum = self.stft(wav)
+                # Beyond the new spectrum by a share of the way to it.
+                direction = torch.lerp(before, spectrum, 1 + self.momentum) if step else spectrum
+                before = spectrum
+        first, last = self.stft.edges
+        return wav[:, None, first : wav.shape[1] - last]
+
+
+class Pulses(nn.Module):
+    """A log pitch [B, T], in float64 -> pulses [B, N + beyond] of unit power, cycles [B, T].
+
+    A pulse is the sum of all harmonics below half of the sampling rate, in closed form. The pitch
+    is interpolated between the centres of frames, and goes on before the first and after the last.
+    """
+
+    def __init__(self, h: Config):
+        super().__init__()
+        self.sampling_rate, self.hop_size = h.sampling_rate, h.hop_size
+        self.edges = _edges(h)
+        # How much of the frame before, of the frame and of the next each sample's pitch is.
+        place = (torch.arange(h.hop_size, dtype=torch.float64) + 0.5) / h.hop_size - 0.5
+        _keep(self, "shares", torch.stack([(-place).relu(), 1 - place.abs(), place.relu()]))
+
+    def forward(
+        self, log_f0: torch.Tensor, origin: Origin, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         near = F.pad(log_f0.unsqueeze(1), (1, 1), mode="replicate")[:, 0].unfold(1, 3, 1)
-        f0 = (near @ self.between).exp().flatten(1)  # [B, T * hop_size]
+        f0 = (near @ self.shares).exp().flatten(1)  # [B, N]
         per_sample = f0 / self.sampling_rate
         cycles = per_sample.cumsum(1) - per_sample  # at the start of each sample
         cycles = cycles - cycles[:, origin.anchor * self.hop_size, None] + origin.cycles
-        around = (edge, self._beyond - edge)
-        # What lies before and after goes on at the pitch of the ends.
-        first, last = per_sample[:, :1], per_sample[:, -1:]
-        before = cycles[:, :1] - first * torch.arange(edge, 0, -1, device=f0.device)
-        after = cycles[:, -1:] + last * torch.arange(1, around[1] + 1, device=f0.device)
-        turns = torch.cat([before, cycles, after], dim=1)
-        half = (math.pi * (turns - turns.round())).to(self.window.dtype)  # of the angle
-        f0 = F.pad(f0.to(half.dtype).unsqueeze(1), around, mode="replicate")[:, 0]
-        harmonics = 0.5 * self.sampling_rate / f0
-        whole = harmonics.floor()
-        is_peak = half.abs() < 1e-4
+        before, after = (torch.arange(1, n + 1, device=f0.device) for n in self.edges)
+        turns = [
+            cycles[:, :1] - per_sample[:, :1] * before.flip(0),
+            cycles,
+            cycles[:, -1:] + per_sample[:, -1:] * after,
+        ]
+        f0 = F.pad(f0.unsqueeze(1), self.edges, mode="replicate")[:, 0]
+        turns = torch.cat(turns, dim=1)
+        pulses = self._harmonics((turns - turns.round()).to(dtype), f0.to(dtype))
+        return pulses, cycles[:, :: self.hop_size]
+
+    def _harmonics(self, turns: torch.Tensor, f0: torch.Tensor) -> torch.Tensor:
+        """The sum of all harmonics at phases in [-0.5, 0.5] and pitches in Hz, both [B, N]."""
+        half, number = math.pi * turns, 0.5 * self.sampling_rate / f0
+        whole, is_peak = number.floor(), half.abs() < 1e-4
         sine = torch.where(is_peak, 1.0, half.sin())
         sum_of_cosines = torch.where(
             is_peak, whole, 0.5 * (((2 * whole + 1) * half).sin() / sine - 1)
         )
-        highest = (harmonics - whole) * (2 * (whole + 1) * half).cos()  # that fades in or out
-        return (sum_of_cosines + highest) / (0.5 * harmonics).sqrt(), cycles[:, :: self.hop_size]
+        highest = (number - whole) * (2 * (whole + 1) * half).cos()  # which fades in or out
+        return (sum_of_cosines + highest) / (0.5 * number).sqrt()
 
-    def _mix(self, pulses: torch.Tensor, noise: torch.Tensor, origin: Origin) -> torch.Tensor:
-        """Pulses [B, (T + overlap) * hop_size] and noise, by its share [B, T, bins]: a spectrum."""
-        frames = origin.frame + torch.arange(noise.shape[1], device=noise.device)
-        rest = (1 - noise.square()).sqrt()
-        return _times(self._stft(pulses), rest) + _times(self.noise[frames % NOISE_FRAMES], noise)
 
-    def _consistent(
-        self, spectrum: torch.Tensor, magnitude: torch.Tensor, frames: int
-    ) -> torch.Tensor:
-        """The phases of a spectrum [B, T, bins, 2] with magnitudes [B, T, bins]: [B, 1, N]."""
-        squares = self.window.square().expand(1, frames, -1)
-        weights = self._overlap_add(squares).clamp(min=MIN_WINDOW).reciprocal()
-        before = direction = spectrum
-        for step in range(self.steps + 1):
-            wav = self._istft(_with_magnitude(direction, magnitude)) * weights
-            if step < self.steps:
-                spectrum = self._stft(wav)
-                # Beyond the new spectrum by a share of the way to it.
-                direction = torch.lerp(before, spectrum, 1 + self.momentum) if step else spectrum
-                before = spectrum
-        edge = (self.n_fft - self.hop_size) // 2
-        return wav[:, None, edge : edge + frames * self.hop_size]
+class STFT(nn.Module):
+    """wav [B, N + beyond] -> spectrum [B, T, bins, 2], N = T * hop_size.
 
-    def _stft(self, wav: torch.Tensor) -> torch.Tensor:
-        """[B, (T + overlap) * hop_size] -> [B, T, bins, 2]."""
+    Its windows are LogMelSpectrogram's: frame t is centred on samples t * hop_size to
+    (t + 1) * hop_size of the N that `edges` leave.
+    """
+
+    def __init__(self, h: Config):
+        super().__init__()
+        self.n_fft, self.hop_size, self.edges = h.n_fft, h.hop_size, _edges(h)
+        self.beyond = sum(self.edges)
+        self.overlap = self.beyond // h.hop_size  # frames before that a frame overlaps with
+        window = LogMelSpectrogram(h, h.fmax).window
+        window = F.pad(window, ((h.n_fft - h.win_size) // 2,) * 2)
+        _keep(self, "window", F.pad(window, (0, h.n_fft - len(window))))
+        # Both transforms as matrices, real and imaginary parts in turns.
+        samples = torch.eye(h.n_fft, dtype=torch.float64)
+        real = torch.eye(h.n_fft // 2 + 1, dtype=torch.complex128)
+        _keep(self, "fourier", torch.view_as_real(torch.fft.rfft(samples)).flatten(1).float())
+        inverse = torch.fft.irfft(torch.stack([real, 1j * real], dim=1).flatten(0, 1), n=h.n_fft)
+        _keep(self, "inverse_fourier", inverse.float())
+
+    def forward(self, wav: torch.Tensor) -> torch.Tensor:
         hops = wav.unflatten(1, (-1, self.hop_size))
         frames = hops.shape[1] - self.overlap
         shifted = [hops[:, k : k + frames] for k in range(self.overlap + 1)]
@@ -211,19 +226,35 @@ class HarmonicSTFT(nn.Module):
             return (windowed @ self.fourier).unflatten(2, (-1, 2))
         return torch.view_as_real(torch.fft.rfft(windowed))
 
-    def _istft(self, spectrum: torch.Tensor) -> torch.Tensor:
-        """[B, T, bins, 2] -> [B, (T + overlap) * hop_size], times the squared windows."""
+    def inverse(self, spectrum: torch.Tensor) -> torch.Tensor:
+        """[B, T, bins, 2] -> [B, N + beyond], to be multiplied by `weights`."""
         if torch.compiler.is_exporting():
             frames = spectrum.flatten(2) @ self.inverse_fourier
         else:
             frames = torch.fft.irfft(torch.view_as_complex(spectrum), n=self.n_fft)
         return self._overlap_add(frames * self.window)
 
+    def weights(self, frames: int) -> torch.Tensor:
+        """[1, N + beyond], by which the inverse is the waveform of the nearest spectrum."""
+        squares = self.window.square().expand(1, frames, -1)
+        return self._overlap_add(squares).clamp(min=MIN_WINDOW).reciprocal()
+
     def _overlap_add(self, frames: torch.Tensor) -> torch.Tensor:
-        """[B, T, n_fft] -> [B, (T + overlap) * hop_size]: the sum of the frames' hops, shifted."""
+        """[B, T, n_fft] -> [B, N + beyond]: the sum of the frames' hops, shifted."""
         hops = F.pad(frames, (0, -self.n_fft % self.hop_size)).unflatten(2, (-1, self.hop_size))
         shifts = range(self.overlap + 1)
         return sum(F.pad(hops[:, :, k], (0, 0, k, self.overlap - k)) for k in shifts).flatten(1)
+
+
+def _edges(h: Config) -> tuple[int, int]:
+    """How many samples the windows of T frames need before T * hop_size samples, and after."""
+    before, hops = (h.n_fft - h.hop_size) // 2, math.ceil(h.n_fft / h.hop_size)
+    return before, (hops - 1) * h.hop_size - before
+
+
+def _keep(module: nn.Module, name: str, constant: torch.Tensor) -> None:
+    """Registers what moves with the module and is not saved."""
+    module.register_buffer(name, constant, persistent=False)
 
 
 def _with_magnitude(x: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
