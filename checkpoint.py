@@ -66,7 +66,7 @@ class State:
     optim_g: torch.optim.Optimizer
     optim_d: torch.optim.Optimizer
     mel_loss: MelLoss  # (wav_hat [B, N], wav [B, N]) -> []
-    voice_loss: VoiceLoss  # (voice, wav [B, N]) -> [], of generators that hear one
+    voice_loss: VoiceLoss | None  # (voice, wav [B, N]) -> [], where the generator hears a voice
     mel_for_loss: LogMelSpectrogram  # [B, N] -> [B, num_mels, T], for validation whatever the loss
     # The same modules, which in one process of several average their gradients over all.
     ddp_generator: nn.Module
@@ -109,7 +109,7 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
         optim_g=adamw(generator),
         optim_d=adamw(discriminators),
         mel_loss=MelLoss(h).to(device),
-        voice_loss=VoiceLoss(h).to(device),
+        voice_loss=VoiceLoss(h).to(device) if h.uses_frames else None,
         mel_for_loss=LogMelSpectrogram(h, h.fmax_for_loss).to(device),
         ddp_generator=generator,
         ddp_discriminators=discriminators,

@@ -8,7 +8,7 @@ import torch
 
 from meldataset import LogMelSpectrogram
 from tools.toy import toy_config
-from voice import EDGE, Voice, VoiceLoss, VoiceMeter
+from voice import EDGE, F0_PERIODS, Voice, VoiceLoss, VoiceMeter
 
 FRAMES = "configs/frame_v2.json"
 SHAPES = {
@@ -75,6 +75,24 @@ def test_noise_is_noise_above_a_voice_and_everywhere_without_one(h):
     _, periodicity, noise = meter(0.1 * torch.randn(1, n))
     assert periodicity.median() < 0.5
     assert noise.mean() > 0.6
+
+
+def test_the_periodicity_is_the_correlation_with_what_comes_a_period_later(h):
+    """A few clicks a period, so that one sample more or less counts."""
+    generator = torch.Generator().manual_seed(0)
+    clicks = torch.rand(147, generator=generator) < 0.07
+    wav = clicks.float().repeat(-(-40 * h.hop_size // 147))[None, : 40 * h.hop_size]
+    meter = VoiceMeter(h)
+    log_f0, periodicity, _ = meter(wav)
+    cosine = torch.nn.CosineSimilarity(dim=0)
+    compared = F0_PERIODS * meter.longest
+    frames = meter._frames(wav, compared + meter.longest)[0].double()
+    for frame, lag, heard in zip(
+        frames, h.sampling_rate / log_f0[0].exp(), periodicity[0], strict=True
+    ):
+        frame, lags = frame - frame.mean(), (int(lag), int(lag) + 1)
+        plain = [cosine(frame[:compared], frame[lag : lag + compared]) for lag in lags]
+        assert min(abs(float(heard) - max(0, x)) for x in plain) < 1e-3
 
 
 def test_silence_has_no_voice(h):
