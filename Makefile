@@ -8,7 +8,7 @@ BIN := .venv/bin
 # the newest of everything that requirements.txt allows.
 DEPENDENCIES ?= measured
 VERSIONS_measured := echo torch==2.13.0
-VERSIONS_oldest := sed s/>=/==/ requirements.txt
+VERSIONS_oldest := sed 's/>=/==/' requirements.txt
 VERSIONS_newest := true
 
 .PHONY: demo test clean
