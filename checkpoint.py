@@ -300,10 +300,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Pa
     try:
         (ours,), (theirs,) = optimizer.state_dict()["param_groups"], saved["param_groups"]
         pairs = zip(optimizer.param_groups[0]["params"], theirs["params"], strict=True)
-        for param, key in pairs:  # PyTorch would take moments of another order
-            moments = saved["state"].get(key, {"exp_avg": param})
-            if moments["exp_avg"].shape != param.shape:
-                raise ValueError("other shapes")
+        for param, key in pairs:  # PyTorch takes moments of any shape, and reads beyond their ends
+            moments = saved["state"].get(key)
+            if moments is not None:
+                shapes = {moments[name].shape for name in ("exp_avg", "exp_avg_sq")}
+                if shapes != {param.shape} or not moments["step"] >= 0:
+                    raise ValueError("other shapes")
         groups = [ours | {"params": theirs["params"]}]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -352,6 +354,9 @@ def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
         missing = [key for key in keys if key not in contents]
         if missing:
             raise UserError(f"{path}: holds no {', '.join(missing)}")
+    for key in ("steps", "epoch", "epoch_step"):
+        if not isinstance(count := do.get(key, 0), int) or count < 0:
+            raise UserError(f"{do_path}: {key} = {count!r}; expected a count")
     is_theirs = is_y_chans(g["generator"])
     if is_theirs and state.h.misr_merge != "conv":
         raise UserError(f'{g_path}: of y-chan\'s port, which needs "misr_merge": "conv"')

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import pickle
 import wave
 from pathlib import Path
@@ -11,7 +12,15 @@ import pytest
 import soundfile
 import torch
 
-from audio import AUDIO_EXTENSIONS, load_mel, load_wav, open_wav, write_wav, writing_wav
+from audio import (
+    AUDIO_EXTENSIONS,
+    audio_seconds,
+    load_mel,
+    load_wav,
+    open_wav,
+    write_wav,
+    writing_wav,
+)
 from env import UserError
 
 RATE = 22050
@@ -184,6 +193,30 @@ def test_unusable_audio_is_refused_by_name(tmp_path, write, said):
 def test_what_resampling_lifts_over_full_scale_is_clamped(tmp_path):
     samples_of(*[1.0] * 50, *[-1.0] * 50, rate=48000)(tmp_path / "a.wav")  # its corners overshoot
     assert load_wav(tmp_path / "a.wav", RATE).abs().max() == 1
+
+
+def test_too_low_a_rate_is_named(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000), 999)
+    with pytest.raises(UserError, match=r"a\.wav: sampled at 999 Hz; expected at least 1000"):
+        load_wav(tmp_path / "a.wav", RATE)
+
+
+@pytest.mark.parametrize("offset", [4, 40])
+def test_a_wav_whose_size_was_left_open_is_read_whole(tmp_path, offset):
+    """As by programs that stream."""
+    path = tmp_path / "a.wav"
+    write_pcm(path, np.zeros((2205, 1), int), 2)
+    raw = bytearray(path.read_bytes())
+    raw[offset : offset + 4] = b"\xff" * 4
+    path.write_bytes(raw)
+    assert len(load_wav(path, RATE)) == 2205
+
+
+def test_a_name_that_is_no_utf_8_has_a_length(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    soundfile.write(tmp_path / "a.wav", np.zeros(RATE // 20), RATE)
+    (tmp_path / "a.wav").rename(path)
+    assert audio_seconds(path) == pytest.approx(0.05, abs=1e-3)
 
 
 @pytest.mark.parametrize("times", [1, 2])

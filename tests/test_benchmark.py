@@ -72,3 +72,17 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
 )
 def test_figures_have_three_digits(value, text):
     assert benchmark.cell(value) == text
+
+
+def test_memory_has_a_row_for_each_length_and_chunk(tmp_path, monkeypatch):
+    def row(config, minutes, chunk, device) -> dict:
+        return {"minutes": minutes, "chunk": chunk}
+
+    monkeypatch.setattr(benchmark, "memory_row", row)
+    flags = ("--config", write_config(tmp_path / "toy.json"), "--output", tmp_path / "a.json")
+    run_main(
+        benchmark,
+        *("--memory", *flags, "--minutes", 1, "--chunk_frames", 0, 64, "--device", "cpu"),
+    )
+    rows = json.loads((tmp_path / "a.json").read_text())["memory"]
+    assert rows == [{"minutes": 1, "chunk": 0}, {"minutes": 1, "chunk": 64}]

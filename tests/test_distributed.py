@@ -3,6 +3,7 @@
 A machine with two GPUs is made up: both processes of train.py's own launch take the CPU.
 """
 
+import argparse
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import distributed
 import env
+import launch
 import train
-from checkpoint import average_gradients, build_state, checkpoint_path, paired_steps, save
+from checkpoint import average_gradients, build_state, checkpoint_path, locked, paired_steps, save
 from tests.test_utils import full_disk
 from tools.stress.kill import server
 from tools.toy import ROOT, corpus_arguments, run_main, write_config
@@ -81,30 +84,55 @@ def errors_of_a_process(folder: Path) -> None:
     (folder / f"words_of_{rank}").write_text("\n".join(words))
 
 
-def in_process(rank: int, port: int, folder: Path) -> None:
+def errors_of_the_start(folder: Path, corpus: Path) -> None:
+    """Writes the words with which this process hears of data and of a lock before training."""
+    parser = argparse.ArgumentParser()
+    launch.add_arguments(parser)
+    flags = [*corpus_arguments(corpus), "--config", folder / "toy.json"]
+    words = []
+    for last in (["--input_wavs_dir", folder], []):
+        a = parser.parse_args(
+            [*map(str, flags), "--checkpoint_path", f"{folder}/held", *map(str, last)]
+        )
+        start = (
+            launch.train,
+            a,
+            env.load_config(a.config),
+            torch.device("cpu"),
+            lambda *_: None,
+            b"{}",
+        )
+        words.append(words_of(partial(*start)))
+    (folder / f"start_of_{distributed.rank()}").write_text("\n".join(words))
+
+
+def in_process(rank: int, port: int, folder: Path, corpus: Path) -> None:
     """What each of two processes does."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_processes(torch.device("cpu"))
     one_step(folder)
     errors_of_a_process(folder)
+    errors_of_the_start(folder, corpus)
     distributed.leave_processes()
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory) -> Path:
+def of_two(tmp_path_factory, corpus) -> Path:
     """A folder with what two processes, and one, have done."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     write_config(folder / "toy.json", batch_size=4)
-    processes = [server().Process(target=in_process, args=(r, port, folder)) for r in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        assert process.exitcode == 0
+    arguments = port, folder, corpus
+    processes = [server().Process(target=in_process, args=(r, *arguments)) for r in range(2)]
+    with locked(folder / "held"):
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+            assert process.exitcode == 0
     one_step(folder)
     return folder
 
@@ -122,6 +150,13 @@ def test_an_error_of_any_process_is_one_of_all_and_said_once(of_two):
     assert of_first == ["of process 0", ""]
     assert (of_two / "words_of_1").read_text().split("\n") == ["", "", "of process 1"]
     assert not list((of_two / "cp").iterdir())
+
+
+def test_what_is_wrong_before_training_is_said_once(of_two):
+    data, lock = (of_two / "start_of_0").read_text().split("\n")
+    assert "no audio file for the id" in data
+    assert "in use by another run" in lock
+    assert (of_two / "start_of_1").read_text().split("\n") == ["", ""]
 
 
 # ------------------------------------------------------------------------------------- whole runs

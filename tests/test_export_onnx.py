@@ -16,7 +16,7 @@ import torch
 
 import export_onnx
 from env import UserError, load_config
-from inference import synthesize
+from inference import prepare, synthesize
 from tests.conftest import new_generator, random_mel
 from tools.toy import ROOT, run_main, save_checkpoint
 
@@ -57,6 +57,25 @@ def test_onnx_runtime_gives_pytorchs_samples(exported, batch, frames):
     for given, heard in zip(mel, wav[:, 0], strict=True):
         expected = synthesize(generator, torch.from_numpy(given)).numpy()
         np.testing.assert_allclose(heard, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "config, changes",
+    [
+        ("configs/istft_v2.json", {"upsample_rates": [64], "upsample_kernel_sizes": [64]}),
+        (
+            "configs/hifigan_v2.json",
+            {"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1]]},
+        ),
+        ("config_v2.json", {"misr_merge": "conv"}),
+    ],
+)
+def test_other_generators_are_the_same_in_onnx_runtime(config, changes, tmp_path):
+    one_stage = {"upsample_rates": [256], "upsample_kernel_sizes": [256]} | changes
+    generator = new_generator(tmp_path, config, **one_stage)
+    h = load_config(tmp_path / "config.json")
+    file = export_onnx.to_onnx(prepare(generator, torch.device("cpu"), "fp32"), h)
+    assert export_onnx.largest_difference(file.SerializeToString(), generator) <= 1e-5
 
 
 def test_pulses_and_noise_are_the_same_in_onnx_runtime(tmp_path, capsys):

@@ -10,7 +10,7 @@ from checkpoint import State
 from env import UserError
 from meldataset import MelDataset
 from tools import learn
-from tools.toy import TOY, corpus_arguments, run_main
+from tools.toy import ROOT, TOY, corpus_arguments, run_main
 
 
 def test_the_script_prints_a_row_of_the_table_for_each_variant(corpus, monkeypatch, capsys):
@@ -83,3 +83,15 @@ def test_too_few_clips_are_an_error_and_no_endless_wait(corpus):
     flags = corpus_arguments(corpus)[:6]
     with pytest.raises(UserError, match="expected 9 clips to train on"):
         run_main(learn, *flags, "--batch_size", 9, "--updates", 1)
+
+
+def test_rows_of_the_results_are_variants_and_have_their_parameters():
+    rows = r"^\| (\w+)[^|]* \| [\d,]+(?: adversarial)? \| ([\d,]+) \|"
+    text = (ROOT / "docs/results.md").read_text()
+    found = re.findall(rows, text, re.MULTILINE)
+    assert len(found) >= 16
+    for name, count in set(found):
+        h = learn.make_config(learn.VARIANTS[name], 1, batch_size=4, adversarial=False)
+        generator = learn.make_state(learn.VARIANTS[name], h).generator
+        generator.remove_weight_norm()
+        assert f"{sum(p.numel() for p in generator.parameters()):,}" == count, name

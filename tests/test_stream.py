@@ -118,7 +118,10 @@ REFUSED = {
     "a batch": (torch.zeros(1, 80, 9), ValueError),
     "transposed": (torch.zeros(9, 80), ValueError),
     "one frame without its axis": (torch.zeros(80), ValueError),
-    "NaN": (torch.full((80, 9), torch.nan), ValueError),
+    "one NaN": (
+        torch.zeros(80, 9).index_put((torch.tensor(11), torch.tensor(8)), torch.tensor(torch.nan)),
+        ValueError,
+    ),
     "infinite": (np.full((80, 9), np.inf), ValueError),
     "infinite in float32": (np.full((80, 9), 1e39), ValueError),
 }
