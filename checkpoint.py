@@ -26,6 +26,7 @@ from distributed import as_ddp, max_over_processes, rank, together, world_size
 from env import Config, UserError, load_config
 from meldataset import LogMelSpectrogram, MelLoss
 from models import Discriminators, Generator
+from muon import RATE, Muon
 from utils import WriteError, put, say, temporary_beside
 from voice import VoiceLoss
 from weights import (
@@ -95,19 +96,22 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
     """A fresh state: the same weights on every device and in every process."""
     torch.manual_seed(h.seed)
     generator, discriminators = Generator(h).to(device), Discriminators(h).to(device)
-
-    def adamw(module: nn.Module) -> torch.optim.AdamW:
-        betas = (h.adam_b1, h.adam_b2)
-        return torch.optim.AdamW(module.parameters(), h.learning_rate, betas=betas, fused=True)
-
+    betas = h.adam_b1, h.adam_b2
+    optim_g, optim_d = (
+        torch.optim.AdamW(module.parameters(), h.learning_rate, betas=betas, fused=True)
+        for module in (generator, discriminators)
+    )
+    if h.optimizer == "muon":
+        generator.remove_weight_norm()
+        optim_g = Muon(generator.parameters(), RATE * h.learning_rate, betas=betas)
     return State(
         h=h,
         device=device,
         precision=precision,
         generator=generator,
         discriminators=discriminators,
-        optim_g=adamw(generator),
-        optim_d=adamw(discriminators),
+        optim_g=optim_g,
+        optim_d=optim_d,
         mel_loss=MelLoss(h).to(device),
         voice_loss=VoiceLoss(h).to(device) if h.uses_frames else None,
         mel_for_loss=LogMelSpectrogram(h, h.fmax_for_loss).to(device),
@@ -303,8 +307,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Pa
         for param, key in pairs:  # PyTorch takes moments of any shape, and reads beyond their ends
             moments = saved["state"].get(key)
             if moments is not None:
-                shapes = {moments[name].shape for name in ("exp_avg", "exp_avg_sq")}
-                if shapes != {param.shape} or not moments["step"] >= 0:
+                is_muons = isinstance(optimizer, Muon) and param.dim() > 1
+                names = ("momentum",) if is_muons else ("exp_avg", "exp_avg_sq")
+                shapes = {moments[name].shape for name in names}
+                if shapes != {param.shape} or not moments.get("step", 0) >= 0:
                     raise ValueError("other shapes")
         groups = [ours | {"params": theirs["params"]}]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
@@ -369,7 +375,8 @@ def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
         load_optimizer(state.optim_g, do["optim_g"], do_path)
     load_optimizer(state.optim_d, do["optim_d"], do_path)
     for name, each in state.more.items():
-        each.load_state_dict(do[name])
+        load = load_weights if isinstance(each, nn.Module) else load_optimizer
+        load(each, do[name], do_path)
     state.steps, state.epoch = do["steps"], do["epoch"]
     if "epoch_step" in do:
         state.epoch_step = do["epoch_step"]

@@ -31,12 +31,11 @@ from launch import add_arguments, launch_or_train
 from loop import Losses, Update
 from meldataset import SILENT_LOG_MEL
 from models import LRELU_SLOPE, Generator, fuse
-from muon import Muon
+from muon import RATE, Muon
 from utils import command_line, command_parser, say
 from weights import family_weights, mrf_as_misr, own_weights
 
 # The recipe, found by measurement: docs/distillation.md has what else was tried.
-RATE = 5  # times the config's learning rate, which is an adversarial training's
 WARM_UP = 50  # updates
 MAX_GRADIENT_NORM = 5.0
 AVERAGE = 0.99  # of the weights, from one update to the next
@@ -148,14 +147,8 @@ class Distillation:
         state.generator.load_state_dict(student.state_dict())
         learnt = [p for p in student.parameters() if p.requires_grad]
         self.learnt, self.student = learnt, student
-        self.muon = Muon([p for p in learnt if p.dim() > 1], RATE * h.learning_rate)
-        self.adamw = torch.optim.AdamW(
-            [p for p in learnt if p.dim() == 1],
-            RATE * h.learning_rate,
-            betas=(h.adam_b1, h.adam_b2),
-            weight_decay=0,
-        )
-        state.more = {"student": student, "muon": self.muon, "adamw": self.adamw}
+        self.muon = Muon(learnt, RATE * h.learning_rate, betas=(h.adam_b1, h.adam_b2))
+        state.more = {"student": student, "muon": self.muon}
         self.lesson = as_ddp(Lesson(student, teacher, h, state.autocast()), state.device)
 
     def update(self, state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
@@ -167,7 +160,7 @@ class Distillation:
         if state.steps == 0:  # after a warm start, which the generator was given
             self.student.load_state_dict(state.generator.state_dict())
         rate = self.rate(state)
-        for optimizer in (self.muon, self.adamw, state.optim_g):
+        for optimizer in (self.muon, state.optim_g):  # of which the second shows it to the monitor
             for group in optimizer.param_groups:
                 group["lr"] = rate
         errors = self.lesson(at_other_levels(mel, state))
@@ -176,7 +169,6 @@ class Distillation:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.learnt, MAX_GRADIENT_NORM)
         self.muon.step()
-        self.adamw.step()
         self.average(state)
         named = {
             f"stage_{stage}{name}": error

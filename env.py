@@ -98,6 +98,7 @@ class Config:
     fmax_for_loss: float | None
 
     # Training
+    optimizer: str = "adamw"  # of the generator: "adamw" or "muon"
     batch_size: int  # of all processes together
     learning_rate: float
     adam_b1: float
@@ -243,6 +244,7 @@ def _checks(h: Config) -> Iterator[tuple[bool, str, str]]:
     for key in ("adam_b1", "adam_b2"):
         yield 0 <= getattr(h, key) < 1, key, "0 or more and less than 1"
     yield 0 < h.lr_decay <= 1, "lr_decay", "more than 0 and at most 1"
+    yield h.optimizer in ("adamw", "muon"), "optimizer", '"adamw" or "muon"'
     yield h.win_size <= h.n_fft, "win_size", f"at most n_fft, {h.n_fft}"
     overlap = h.n_fft - h.hop_size
     expected = f"hop_size, {h.hop_size}, plus an even number"

@@ -1,14 +1,16 @@
-"""Muon: momentum whose matrices are orthogonalised before each step."""
+"""Muon: momentum whose matrices are orthogonalised before each step, and AdamW for the rest."""
 
 import math
 
 import torch
 
+RATE = 5  # times a config's learning_rate, which is AdamW's in an adversarial training
 MOMENTUM = 0.95
 ITERATIONS = 5
 # Of the quintic polynomial that brings singular values near 1, fast (Jordan et al., 2024).
 A, B, C = 3.4445, -4.7750, 2.0315
 RMS = 0.2  # of an update's entries, for a rate of 1: AdamW's (Liu et al., 2025)
+EPSILON = 1e-8  # AdamW's
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
@@ -28,22 +30,25 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Steps of one size for every direction of a convolution's weight, seen as [C_out, C_in * k].
 
-    With Nesterov's momentum. For weights of two dimensions or more; biases are for AdamW, whose
-    learning rates suit here too.
+    With Nesterov's momentum. For weights of two dimensions or more, of layers without weight norm;
+    biases take AdamW's steps, at the same learning rate and without weight decay.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled
     as in Liu et al., "Muon is scalable for LLM training", 2025.
     """
 
-    def __init__(self, params, lr: float):
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params, lr: float, betas: tuple[float, float]):
+        super().__init__(params, {"lr": lr, "betas": betas})
 
     @torch.no_grad()
     def step(self) -> None:
         """One update from the gradients that are there."""
         for group in self.param_groups:
             for param in group["params"]:
-                self._step(param, group["lr"])
+                if param.dim() > 1:
+                    self._step(param, group["lr"])
+                else:
+                    self._adamw_step(param, group["lr"], group["betas"])
 
     def _step(self, param: torch.Tensor, lr: float) -> None:
         if not self.state[param]:
@@ -53,3 +58,17 @@ class Muon(torch.optim.Optimizer):
         direction = (param.grad + MOMENTUM * momentum).flatten(1)
         size = lr * RMS * math.sqrt(max(direction.shape))
         param.sub_(size * orthogonalise(direction).view_as(param))
+
+    def _adamw_step(self, param: torch.Tensor, lr: float, betas: tuple[float, float]) -> None:
+        state = self.state[param]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        state["step"] += 1
+        state["exp_avg"].lerp_(param.grad, 1 - betas[0])
+        state["exp_avg_sq"].lerp_(param.grad.square(), 1 - betas[1])
+        mean, square = (
+            state[name] / (1 - beta ** state["step"])
+            for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
+        )
+        param.sub_(lr * mean / (square.sqrt() + EPSILON))

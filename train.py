@@ -20,6 +20,7 @@ from heads import Origin
 from launch import add_arguments, launch_or_train
 from loop import Losses
 from models import discriminator_loss, feature_loss, generator_loss
+from muon import RATE, Muon
 from utils import command_line, command_parser
 from voice import Voice
 
@@ -113,9 +114,10 @@ def update(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
 
 def set_learning_rate(state: State) -> None:
     """HiFi-GAN's exponential decay from epoch to epoch, in closed form."""
+    lr = state.h.learning_rate * state.h.lr_decay**state.epoch
     for optimizer in (state.optim_g, state.optim_d):
         for group in optimizer.param_groups:
-            group["lr"] = state.h.learning_rate * state.h.lr_decay**state.epoch
+            group["lr"] = RATE * lr if isinstance(optimizer, Muon) else lr
 
 
 def main() -> int:

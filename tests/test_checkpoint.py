@@ -18,6 +18,7 @@ from checkpoint import (
 )
 from env import UserError
 from inference import load_generator
+from muon import Muon
 from tests.conftest import new_checkpoint
 from tools.toy import toy_config
 from weights import load_matching
@@ -66,6 +67,12 @@ MISFITS = {
 def test_moments_that_do_not_fit_are_named(saved):
     with pytest.raises(UserError, match=r"^do: its optimizer does not fit the config .*$"):
         load_optimizer(adamw((2, 3), (4,)), saved, "do")
+
+
+def test_moments_of_another_optimizer_are_named():
+    weight, bias = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4))
+    with pytest.raises(UserError, match=r"^do: its optimizer does not fit the config"):
+        load_optimizer(Muon([weight, bias], 0.001, (0.8, 0.99)), SAVED, "do")
 
 
 def test_moments_that_fit_are_taken():

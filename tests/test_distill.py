@@ -99,7 +99,7 @@ def test_orthogonalise_is_near_the_polar_factor_of_a_plain_svd(shape):
 
 def test_muon_takes_nesterov_steps_of_one_size():
     conv = torch.nn.Conv1d(6, 10, 3)
-    optimizer, before = Muon([conv.weight], lr=0.01), conv.weight.detach().clone()
+    optimizer, before = Muon([conv.weight], 0.01, (0.8, 0.99)), conv.weight.detach().clone()
     gradients, momentum = [torch.randn(10, 6, 3) for _ in range(2)], torch.zeros(10, 6, 3)
     for gradient in gradients:
         conv.weight.grad = gradient.clone()
@@ -108,6 +108,21 @@ def test_muon_takes_nesterov_steps_of_one_size():
         direction = orthogonalise((gradient + MOMENTUM * momentum).reshape(10, 18))
         before -= 0.01 * RMS * math.sqrt(18) * direction.reshape(10, 6, 3)
         torch.testing.assert_close(conv.weight.detach(), before)
+
+
+def test_biases_take_the_steps_of_adamw():
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    betas = (0.8, 0.99)
+    optimizers = (
+        Muon([ours], 0.01, betas),
+        torch.optim.AdamW([theirs], 0.01, betas=betas, weight_decay=0),
+    )
+    for _ in range(3):
+        ours.grad = torch.randn(7)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def distillation(tmp_path, teacher: Generator, **changes) -> tuple[Distillation, object]:

@@ -37,6 +37,7 @@ BROKEN_MISR = [
     ("batch_size", "16", "an integer"),
     ("batch_size", 16.0, "an integer"),
     ("batch_size", True, "an integer"),
+    ("optimizer", "adam", '"adamw" or "muon"'),
     ("seed", 2**63, "an integer"),
     ("lambda_mel", 10**400, "a number"),
     ("resblock", 1, "a string"),

@@ -359,12 +359,14 @@ def equal(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_resuming_is_exact(run, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_is_exact(run, tmp_path, optimizer):
     """6 steps equal 3, and 3 more, an epoch's end among them; workers change nothing."""
+    write_config(run.config, optimizer=optimizer)
     assert run(6, folder=tmp_path / "straight") == 0
-    write_config(run.config, num_workers=1)
+    write_config(run.config, optimizer=optimizer, num_workers=1)
     assert run(3) == 0
-    write_config(run.config)
+    write_config(run.config, optimizer=optimizer)
     assert run(6) == 0
     assert equal_but_meta(contents(run.folder, 6), contents(tmp_path / "straight", 6))
 

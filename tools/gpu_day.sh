@@ -20,8 +20,8 @@ CONFIG=${CONFIG:-config_v2.json}
 configs="config_v1.json config_v2.json configs/istft_v2.json configs/hifigan_v1.json configs/hifigan_v2.json"
 device=cuda batch="16 64" seconds="1 4 20" repeats=5 workers="1 2 4 8" updates=200 compile=--compile
 if [ "$dry_run" = --dry-run ]; then
-    device=cpu batch=2 seconds=1 repeats=1 workers="0 1" updates=4 compile=
-    configs="config_v2.json configs/hifigan_v2.json"
+    device=cpu batch=2 seconds=1 repeats=1 workers=1 updates=4 compile=
+    configs=config_v2.json
 fi
 mkdir -p "$out"
 end=$((SECONDS + MINUTES * 60))

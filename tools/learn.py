@@ -28,7 +28,6 @@ from env import Config, UserError, load_config
 from loop import vocode_whole
 from meldataset import EndlessBatches, MelDataset
 from models import VIEW_NOISE
-from muon import Muon
 from tools.toy import ROOT
 from train import training_step
 from utils import command_line, command_parser, positive
@@ -51,7 +50,6 @@ class Variant(NamedTuple):
     noise: float = VIEW_NOISE
     starts_as_views: bool = True  # False: PyTorch's default initialisation of MISR
     shared_rate: float = 1.0  # times the learning rate, in MISR's shared blocks
-    muon_rate: float | None = None  # times the learning rate, of Muon without weight norm
 
 
 VARIANTS = {
@@ -66,9 +64,9 @@ VARIANTS = {
     "twice_noise": Variant(noise=VIEW_NOISE * 2),
     "default_init": Variant(starts_as_views=False),
     "twice_rate": Variant(shared_rate=2.0),
-    "muon": Variant(muon_rate=2.0),
-    "muon_half": Variant(muon_rate=1.0),
-    "muon_twice": Variant(muon_rate=4.0),
+    "adamw_1e-3": Variant(changes={"learning_rate": 0.001}),
+    "muon": Variant(changes={"optimizer": "muon", "learning_rate": 0.0002}),
+    "muon_half": Variant(changes={"optimizer": "muon", "learning_rate": 0.0001}),
 }
 
 
@@ -98,30 +96,7 @@ def make_state(variant: Variant, h: Config) -> State:
         groups = [{"params": rest}, {"params": shared, "lr": h.learning_rate * variant.shared_rate}]
         betas = (h.adam_b1, h.adam_b2)
         state.optim_g = torch.optim.AdamW(groups, h.learning_rate, betas=betas, fused=True)
-    if variant.muon_rate is not None:
-        state.generator.remove_weight_norm()
-        state.optim_g = MuonAndAdamW(state.generator, h, h.learning_rate * variant.muon_rate)
     return state
-
-
-class MuonAndAdamW:
-    """An optimizer of a generator as distill.py's two are: Muon for weights, AdamW for biases."""
-
-    def __init__(self, generator: nn.Module, h: Config, lr: float):
-        weights, biases = [], []
-        for param in generator.parameters():
-            (weights if param.dim() > 1 else biases).append(param)
-        betas = (h.adam_b1, h.adam_b2)
-        self.both = Muon(weights, lr), torch.optim.AdamW(biases, lr, betas=betas, weight_decay=0)
-        self.param_groups = [group for one in self.both for group in one.param_groups]
-
-    def zero_grad(self) -> None:
-        for one in self.both:
-            one.zero_grad()
-
-    def step(self) -> None:
-        for one in self.both:
-            one.step()
 
 
 @torch.no_grad()
