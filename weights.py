@@ -4,6 +4,7 @@ own_weights(weights, module)    # whoever wrote them, as module.load_state_dict 
 family_weights(module)          # as HiFi-GAN's scripts, and every tool of the family, load them
 """
 
+import math
 import os
 import re
 import warnings
@@ -21,6 +22,9 @@ WEIGHT_NORM_NAMES = {
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
 }
+# Of weight_v, where a file has none. HiFi-GAN's trained generators have about 0.1, from which a first
+# step of AdamW at 0.0002 took the mel error of a MISR from 0.39 to 0.90; from 0.4, to 0.44.
+DIRECTION_RMS = 0.4
 SPECTRAL_NORM_NAMES = {
     "weight_orig": "parametrizations.weight.original",
     "weight_u": "parametrizations.weight.0._u",
@@ -84,8 +88,19 @@ def _unfold(weights: dict[str, torch.Tensor], key: str) -> None:
     layer, name = key.partition(".parametrizations.")[0], key.rpartition(".")[2]
     weight = weights.get(f"{layer}.weight")
     if name == "original0" and weight is not None:
-        weights[key] = torch.norm_except_dim(weight, 2, 0)
-        weights[f"{layer}.{WEIGHT_NORM_NAMES['weight_v']}"] = weights.pop(f"{layer}.weight")
+        direction = f"{layer}.{WEIGHT_NORM_NAMES['weight_v']}"
+        weights[key], weights[direction] = gain_and_direction(weights.pop(f"{layer}.weight"))
+
+
+def gain_and_direction(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight_g and weight_v of a layer's weight.
+
+    Any length of weight_v gives the same weight, but AdamW's steps are of one size, so that in a
+    short one they are long: a first update could undo what was learnt. A power of two is exact.
+    """
+    rms = max(float(weight.float().square().mean().sqrt()), 1e-20)
+    direction = weight * 2.0 ** round(math.log2(DIRECTION_RMS / rms))
+    return torch.norm_except_dim(weight, 2, 0), direction
 
 
 def family_weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -97,7 +112,7 @@ def family_weights(module: nn.Module) -> dict[str, torch.Tensor]:
         if name:
             named[f"{layer}.{old_names[f'parametrizations.{name}']}"] = value
         elif key.endswith(".weight"):  # weight norm was removed
-            named[f"{key}_g"], named[f"{key}_v"] = torch.norm_except_dim(value, 2, 0), value
+            named[f"{key}_g"], named[f"{key}_v"] = gain_and_direction(value)
         else:
             named[key] = value
     return named

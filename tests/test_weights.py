@@ -322,6 +322,23 @@ def golden_checkpoint(folder: Path, config: str, changes: dict) -> Path:
     return folder / "g_00000001"
 
 
+@pytest.mark.parametrize("std", [0.003, 0.1, 3.0])
+def test_a_first_step_from_folded_weights_changes_them_little(std):
+    """As from HiFi-GAN's own; and the weight is the same, bit for bit."""
+    folded, again, normed = (torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3)) for _ in range(3))
+    torch.nn.init.normal_(folded[0].weight, std=std)
+    load_weights(again, family_weights(folded), "g")
+    assert torch.equal(again[0].weight, folded[0].weight)
+    torch.nn.utils.parametrizations.weight_norm(normed[0])
+    load_weights(normed, folded.state_dict(), "g")
+    before = normed[0].weight.detach().clone()
+    torch.testing.assert_close(before, folded[0].weight.detach(), rtol=1e-6, atol=0)
+    optimizer = torch.optim.AdamW([normed[0].parametrizations.weight.original1], 2e-4)
+    normed(torch.randn(1, 8, 9)).square().sum().backward()
+    optimizer.step()
+    assert float((normed[0].weight - before).norm() / before.norm()) < 0.002
+
+
 @pytest.mark.parametrize("name", GOLDEN_CONFIGS)
 def test_a_stored_mel_gives_the_stored_samples(name, tmp_path):
     """tests/golden/<name>.wav is what this script wrote when the tests above had passed."""
