@@ -52,6 +52,11 @@ SHARED_KEYS = (
 
 def check_teacher(teacher: Config, student: Config, path: Path) -> None:
     """Raises UserError, naming the first key, where the stages of the two do not correspond."""
+    if not student.uses_misr:
+        raise UserError(
+            f"{path}: teaches a MISR only, and the student's config has resblock_kernel_sizes; "
+            "take config_v1.json or config_v2.json"
+        )
     theirs, ours = asdict(teacher), asdict(student)
     for key in SHARED_KEYS:
         if theirs[key] != ours[key]:

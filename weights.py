@@ -22,8 +22,8 @@ WEIGHT_NORM_NAMES = {
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
 }
-# Of weight_v, where a file has none. HiFi-GAN's trained generators have about 0.1, from which a first
-# step of AdamW at 0.0002 took the mel error of a MISR from 0.39 to 0.90; from 0.4, to 0.44.
+# Of weight_v, where a file has none. HiFi-GAN's trained generators have about 0.1, from which a
+# first step of AdamW at 0.0002 took the mel error of a MISR from 0.39 to 0.90; from 0.4, to 0.44.
 DIRECTION_RMS = 0.4
 SPECTRAL_NORM_NAMES = {
     "weight_orig": "parametrizations.weight.original",
@@ -150,7 +150,8 @@ def load_checkpoint(path: str | Path) -> dict:
         UserError: missing or damaged file, or one that holds Python objects.
     """
     if os.path.isdir(path):
-        raise UserError(f"{path}: a folder; name a file in it, such as g_00005000")
+        newest = max((each.name for each in Path(path).glob("g_*")), default="g_00005000")
+        raise UserError(f"{path}: a folder; name a file in it, such as {newest}")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint file")
     try:

@@ -129,7 +129,8 @@ def test_contents_of_another_kind_are_named(tmp_path):
         torch.save(contents, path)
         with pytest.raises(UserError, match=f"^{path}: {said}.*$"):
             load_generator(path)
-    with pytest.raises(UserError, match=f"^{tmp_path}: a folder; name a file"):
+    expected = f"^{tmp_path}: a folder; name a file in it, such as {path.name}$"
+    with pytest.raises(UserError, match=expected):
         load_generator(tmp_path)
 
 

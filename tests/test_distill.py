@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import distill
 import train
 from checkpoint import build_state
-from distill import Distillation, Lesson, at_other_levels, distance
+from distill import Distillation, Lesson, at_other_levels, check_teacher, distance
 from env import UserError
 from inference import load_generator, synthesize
 from models import Generator
@@ -242,3 +242,9 @@ def test_an_unlike_teacher_is_refused_by_name(command, tmp_path, teacher_file):
     write_config(teacher_file.with_name("config.json"), MRF, fmax=7000)
     with pytest.raises(UserError, match=r"its config has fmax = 7000.0, the student's 8000.0"):
         command(tmp_path / "cp", 1)
+
+
+def test_a_student_that_is_no_misr_is_refused(tmp_path):
+    h = toy_config(tmp_path, MRF)
+    with pytest.raises(UserError, match=r"g: teaches a MISR only, .* take config_v1\.json"):
+        check_teacher(h, h, "g")

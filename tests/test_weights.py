@@ -20,7 +20,7 @@ from meldataset import LogMelSpectrogram
 from metrics import METRICS, Pair
 from models import Generator
 from tests.conftest import new_checkpoint, random_mel
-from tools import textbook
+from tools import convert, textbook
 from tools.textbook import weight_norm
 from tools.toy import ROOT, run_main, save_checkpoint, toy_config, write_config
 from weights import family_weights, load_weights
@@ -320,6 +320,14 @@ def golden_checkpoint(folder: Path, config: str, changes: dict) -> Path:
     weights["conv_post.weight_g"] *= 0.3  # loud, but within full scale
     save_checkpoint(folder / "g_00000001", {"generator": weights})
     return folder / "g_00000001"
+
+
+def test_a_file_is_not_converted_onto_itself(tmp_path):
+    path = new_checkpoint(tmp_path)
+    before, folder = path.read_bytes(), f"{tmp_path}/../{tmp_path.name}"
+    with pytest.raises(UserError, match="name another folder"):
+        run_main(convert, "--checkpoint_file", path, "--output_dir", folder)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("std", [0.003, 0.1, 3.0])

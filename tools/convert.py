@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from checkpoint import write_checkpoint
+from env import UserError
 from inference import load_generator
 from utils import command_line, command_parser, put, temporary_beside
 
@@ -25,6 +26,8 @@ def main() -> None:
     parser.add_argument("--checkpoint_file", type=Path, metavar="FILE", required=True, help="g_*")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", required=True, help="for both")
     a = parser.parse_args()
+    if a.output_dir.resolve() == a.checkpoint_file.resolve().parent:
+        raise UserError(f"{a.output_dir}: holds {a.checkpoint_file} itself; name another folder")
     generator, _ = load_generator(a.checkpoint_file)
     weights = {key: value.half() for key, value in generator.state_dict().items()}
     path = a.output_dir / a.checkpoint_file.name
