@@ -12,6 +12,7 @@ training. A vocoder for real speech takes a corpus such as LJSpeech and days on 
 """
 
 import ctypes
+import functools
 import json
 import shlex
 import shutil
@@ -108,27 +109,37 @@ Before the machine could speak, it had to learn how to listen.
 # ------------------------------------------------------------------------------------- the corpus
 
 
-class Espeak:
-    """eSpeak NG's synthesiser, from the wheel `espeakng-loader`. Make one a process.
+@functools.cache
+def load_espeak() -> tuple[ctypes.CDLL, int]:
+    """eSpeak NG's library, from the wheel `espeakng-loader`, and its sampling rate.
 
-    Initialised twice, eSpeak NG 1.52 reads memory that it freed, and may crash.
+    Once a process: initialised again, eSpeak NG 1.52 reads memory that it has freed, and may crash.
 
     Raises:
         UserError: the wheel is missing or its library cannot be loaded here.
     """
+    try:
+        import espeakng_loader
+
+        library = ctypes.CDLL(espeakng_loader.get_library_path())
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"eSpeak NG cannot be loaded ({error}); try: pip install espeakng-loader. "
+            "Training needs no eSpeak: see the README for data of your own"
+        ) from None
+    synchronous, data = 2, str(espeakng_loader.get_data_path()).encode()
+    return library, library.espeak_Initialize(synchronous, 0, data, 0)
+
+
+class Espeak:
+    """eSpeak NG's synthesiser, with one of its voices.
+
+    Raises:
+        UserError: it does not start.
+    """
 
     def __init__(self, voice: str):
-        try:
-            import espeakng_loader
-
-            self.library = ctypes.CDLL(espeakng_loader.get_library_path())
-        except (ImportError, OSError) as error:
-            raise UserError(
-                f"eSpeak NG cannot be loaded ({error}); try: pip install espeakng-loader. "
-                "Training needs no eSpeak: see the README for data of your own"
-            ) from None
-        synchronous, data = 2, str(espeakng_loader.get_data_path()).encode()
-        self.sampling_rate = self.library.espeak_Initialize(synchronous, 0, data, 0)
+        self.library, self.sampling_rate = load_espeak()
         if self.sampling_rate <= 0 or self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise UserError(f"eSpeak NG does not start with the voice {voice!r}")
         self.pieces: list[np.ndarray] = []
