@@ -98,7 +98,8 @@ def gain_and_direction(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     Any length of weight_v gives the same weight, but AdamW's steps are of one size, so that in a
     short one they are long: a first update could undo what was learnt. A power of two is exact.
     """
-    rms = max(float(weight.float().square().mean().sqrt()), 1e-20)
+    rms = float(weight.float().square().mean().sqrt())
+    rms = min(1e20, max(1e-20, rms))  # what is not finite stays so, and is named where it is used
     direction = weight * 2.0 ** round(math.log2(DIRECTION_RMS / rms))
     return torch.norm_except_dim(weight, 2, 0), direction
 

@@ -322,6 +322,16 @@ def golden_checkpoint(folder: Path, config: str, changes: dict) -> Path:
     return folder / "g_00000001"
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_folded_weights_of_any_value_are_taken_as_they_are(value):
+    folded, normed = (torch.nn.Sequential(torch.nn.Conv1d(4, 4, 3)) for _ in range(2))
+    torch.nn.init.constant_(folded[0].weight, value)
+    torch.nn.utils.parametrizations.weight_norm(normed[0])
+    load_weights(normed, folded.state_dict(), "g")
+    direction = normed[0].parametrizations.weight.original1
+    torch.testing.assert_close(direction, folded[0].weight, equal_nan=True)
+
+
 def test_a_file_is_not_converted_onto_itself(tmp_path):
     path = new_checkpoint(tmp_path)
     before, folder = path.read_bytes(), f"{tmp_path}/../{tmp_path.name}"

@@ -57,6 +57,8 @@ def scaled(channels: int, mult: float) -> int:
 
 
 class Period(nn.Module):
+    """A discriminator of every `period`-th sample: [B, 1, N] -> (score [B, S], features)."""
+
     def __init__(self, period: int, mult: float):
         super().__init__()
         self.period = period
@@ -77,6 +79,8 @@ class Period(nn.Module):
 
 
 class Scale(nn.Module):
+    """A discriminator of a waveform: [B, 1, N] -> (score [B, S], features)."""
+
     def __init__(self, norm, mult: float):
         super().__init__()
         self.convs = nn.ModuleList(
@@ -101,6 +105,8 @@ def run_layers(discriminator, x):
 
 
 class MultiPeriod(nn.Module):
+    """HiFi-GAN's MPD, section 2.3: what each Period makes of real and fake, both [B, 1, N]."""
+
     def __init__(self, mult: float = 1.0):
         super().__init__()
         self.discriminators = nn.ModuleList(Period(p, mult) for p in (2, 3, 5, 7, 11))
@@ -110,6 +116,8 @@ class MultiPeriod(nn.Module):
 
 
 class MultiScale(nn.Module):
+    """HiFi-GAN's MSD: what each Scale makes of real and fake, each pooled once more."""
+
     def __init__(self, mult: float = 1.0):
         super().__init__()
         norms = (spectral_norm, weight_norm, weight_norm)

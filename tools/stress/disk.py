@@ -50,6 +50,7 @@ def check(what: str, disk: Path, status: int, lines: list[str]) -> None:
 
 
 def mount(disk: Path, kib: int, way: str = "") -> None:
+    """Mounts a disk of `kib` KiB in memory; `way` may be "remount,", which keeps its files."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"{way}size={kib}k", "disk", disk], check=True)
 
 
