@@ -24,6 +24,9 @@ MUCH_CLAMPED = 0.01  # of a file's samples
 # How samples are stored that hang on none of those around them, so that a part can be read alone.
 PLAIN_SUBTYPES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 MAX_PEAK = 4.0  # of full scale; a float file above holds 16-bit integers, say
+# Of 250 clips of 150 voices, by HiFi-GAN's recipe, the lowest values lay between -11.5, which is
+# silence, and -8.1, the highest between -0.9 and 2.1.
+LOWEST_LOG_MEL, HIGHEST_LOG_MEL = (-12.0, -6.5), 4.0
 
 
 class Wav(NamedTuple):
@@ -110,13 +113,13 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
     try:
         # Mapped, so that a header that claims too much fails before any memory is taken.
         with np.errstate(over="ignore"):  # as its claims may
-            mel = np.load(path, mmap_mode="r", allow_pickle=False)
+            mel = np.lib.format.open_memmap(os.fspath(path), mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected the mel of a clip") from None
     except Exception as error:  # a damaged header fails in a dozen ways
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
-    if not isinstance(mel, np.ndarray) or mel.dtype.kind not in "fiu":
-        raise UserError(f"{path}: expected one .npy array of real numbers")
+    if mel.dtype.kind not in "fiu":
+        raise UserError(f"{path}: expected an array of real numbers")
     shape = mel.shape
     if len(shape) == 3 and shape[0] == 1:
         mel = mel[0]
@@ -130,6 +133,22 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
     if not mel.isfinite().all():
         raise UserError(f"{path}: holds values that are NaN or infinite")
     return mel
+
+
+def doubt(mel: torch.Tensor) -> str | None:
+    """Why a mel [num_mels, T] is hardly a log-mel by HiFi-GAN's recipe, or None.
+
+    Other recipes have another logarithm, floor or scale; what comes of a batch is padded by 0.
+    """
+    low, high = float(mel.min()), float(mel.max())
+    if not LOWEST_LOG_MEL[0] < low < LOWEST_LOG_MEL[1] or high > HIGHEST_LOG_MEL:
+        return (
+            f"values from {low:.3g} to {high:.3g}; expected natural logarithms of amplitudes, from "
+            "about -11.5 to 2: is it by the config's recipe?"
+        )
+    if zeros := int((mel == 0).all(0).flip(0).long().cumprod(0).sum()):
+        return f"ends in {zeros} frames of zeros, which are loud: silence is -11.5"
+    return None
 
 
 @contextmanager

@@ -389,13 +389,19 @@ def _check_config(h: Config, path: Path) -> None:
     """Raises UserError where a run that has the config at `path` cannot go on with `h`."""
     if not path.exists():  # files of HiFi-GAN may come alone
         return
-    before, now = (dataclasses.asdict(each) for each in (load_config(path), h))
-    for key, value in before.items():
-        if key not in CHANGEABLE_KEYS and now[key] != value:
-            raise UserError(
-                f"{path}: {key} = {value}, but now {now[key]}: expected the same model and mel; to "
-                "begin with its weights, pass --warm_start and another --checkpoint_path"
-            )
+    theirs = load_config(path)
+    before, now = dataclasses.asdict(theirs), dataclasses.asdict(h)
+    changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now[key]]
+    if theirs.uses_misr != h.uses_misr:
+        found = "a MISR's run, but now an MRF's" if theirs.uses_misr else "an MRF's, now a MISR's"
+    elif changed:
+        found = f"{changed[0]} = {before[changed[0]]}, but now {now[changed[0]]}"
+    else:
+        return
+    raise UserError(
+        f"{path}: {found}: expected the same model, mel and optimizer; to begin with its weights, "
+        "pass --warm_start and another --checkpoint_path"
+    )
 
 
 def warm_start(state: State, paths: list[Path]) -> None:

@@ -141,6 +141,8 @@ def load_config(path: str | Path, say: Callable[[str], object] | None = None) ->
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         values = json.loads(text, object_pairs_hook=_without_twins)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such config; there is config_v1.json, for instance") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

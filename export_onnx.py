@@ -230,12 +230,13 @@ def main() -> None:
     )
     a = parser.parse_args()
     generator, h = load_generator(a.checkpoint_file)
-    try:
-        model = exported(generator, h, a)
-    except ImportError as error:
-        missing = error.name or error
-        raise UserError(f"{missing} is missing: pip install onnx onnxscript onnxruntime") from None
-    with replacing(a.output) as temporary:
+    with replacing(a.output) as temporary:  # so that a folder that cannot be written is said first
+        try:
+            model = exported(generator, h, a)
+        except ImportError as error:
+            missing = error.name or error
+            install = "pip install onnx onnxscript onnxruntime"
+            raise UserError(f"{missing} is missing: {install}") from None
         temporary.write_bytes(model)
     print(f"{a.output}: {len(model) / 1e6:.1f} MB")
 

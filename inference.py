@@ -326,7 +326,7 @@ def vocode_files(
         jobs = sorted(jobs, key=lambda job: job.source.stat().st_size)
     batches = [jobs[i : i + a.batch_size] for i in range(0, len(jobs), a.batch_size)]
     try:
-        with Tally(len(jobs)) as tally:
+        with Tally(len(jobs), a.output_dir) as tally:
             for batch in batches:
                 vocode_batch(generator, h, batch, read_mel, a.chunk_frames, tally)
     except (MemoryError, RuntimeError) as error:

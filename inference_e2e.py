@@ -16,6 +16,7 @@ import os
 import signal
 import struct
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -23,10 +24,10 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from audio import PCM16_MAX, load_mel
-from env import UsageError, UserError
+from audio import PCM16_MAX, doubt, load_mel
+from env import UsageError, UserError, one_line
 from inference import Mel, Streamer, add_arguments, start, vocode_files
-from utils import command_line, command_parser, plan_outputs
+from utils import command_line, command_parser, plan_outputs, say
 
 MOST_FRAMES = 1024  # at once, of a pipe, where --chunk_frames is 0
 OPEN_LENGTH = 2**32 - 1  # of a wav whose end is not known, as ffmpeg writes it
@@ -36,6 +37,15 @@ def read_mel(path: Path, num_mels: int) -> Mel:
     """The mel of a .npy file; raises UserError as `load_mel` does."""
     mel = load_mel(path, num_mels)
     return Mel(mel.shape[1], lambda first, stop: mel[:, first:stop])
+
+
+def say_doubt(paths: Iterable[Path], num_mels: int) -> None:
+    """Says why the first mel that can be read is hardly by the recipe, where it looks so."""
+    for path in paths:
+        with contextlib.suppress(UserError):  # which is said in its turn
+            if reason := doubt(load_mel(path, num_mels)):
+                say(one_line(f"{path}: {reason}"))
+            return
 
 
 def wav_header(sampling_rate: int) -> bytes:
@@ -121,6 +131,7 @@ def main() -> int:
         return run_pipe(a)
     generator, h = start(a)
     jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")
+    say_doubt((job.source for job in jobs), h.num_mels)
     return vocode_files(generator, h, jobs, partial(read_mel, num_mels=h.num_mels), a)
 
 

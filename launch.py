@@ -19,6 +19,7 @@ import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from audio import doubt
 from checkpoint import (
     State,
     average_gradients,
@@ -38,7 +39,7 @@ from distributed import (
     together,
     world_size,
 )
-from env import Config, UsageError, UserError, load_config
+from env import Config, UsageError, UserError, load_config, one_line
 from loop import SHOWN_CLIPS, Update, own_share, run
 from meldataset import MelDataset
 from monitor import describe
@@ -239,6 +240,10 @@ def read_data(a: argparse.Namespace, h: Config) -> tuple[MelDataset, MelDataset]
         UserError: too few, or one that is unusable.
     """
     mels_dir = a.input_mels_dir if a.fine_tuning else None
+    if a.fine_tuning and not os.path.isdir(mels_dir):
+        raise UserError(
+            f"{mels_dir}: no such folder; expected an acoustic model's mels: give --input_mels_dir"
+        )
     clips, validation = (
         MelDataset(h, file_list, a.input_wavs_dir, mels_dir)
         for file_list in (a.input_training_file, a.input_validation_file)
@@ -250,6 +255,10 @@ def read_data(a: argparse.Namespace, h: Config) -> tuple[MelDataset, MelDataset]
         )
     for index in own_share(validation):  # an unusable clip shall end the run now, not hours later
         validation.whole(index)
+    if not len(validation):
+        say(f"{a.input_validation_file}: no clips, so no validation")
+    if a.fine_tuning and (reason := doubt(clips.whole(0)[0])):
+        say(one_line(f"{clips.mel_path(0)}: {reason}"))
     return clips, validation
 
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,6 +112,8 @@ class Batches:
             world_size=world_size(),
         )
         self.has_workers = state.h.num_workers > 0
+        # Of more workers than cores: they sleep most of the time.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = torch.utils.data.DataLoader(
             clips,
             batch_sampler=keys,
@@ -271,6 +274,7 @@ def save_rest(
 def end(state: State, folder: Path, reason: UserError | Stopped | None) -> int:
     """Says or raises `reason`, in every process at once; returns the exit status."""
     if reason is None:
+        say(f"{state.steps} steps are done, saved in {folder}")
         return 0
     for worker in multiprocessing.active_children():  # which may sleep, or wait for a slow disk
         worker.terminate()

@@ -143,6 +143,11 @@ def read_clips(file_list: str | Path, wavs_dir: str | Path) -> np.ndarray:
         UserError: unreadable list, or an id without an audio file.
     """
     names = []
+    if not os.path.isdir(wavs_dir):
+        raise UserError(
+            f"{wavs_dir}: no such folder; expected the audio files of {file_list}: give "
+            "--input_wavs_dir"
+        )
     try:
         with open(file_list, encoding="utf-8-sig") as lines:  # Windows writes a byte order mark
             for line in lines:
@@ -225,6 +230,11 @@ class MelDataset(torch.utils.data.Dataset):
         """The audio file of clip `index`."""
         return self.wavs_dir / os.fsdecode(self.clips[index])
 
+    def mel_path(self, index: int) -> Path:
+        """The acoustic model's mel of clip `index`, with `mels_dir`."""
+        name = self._mel_name(index)
+        return self.mels_dir / (find_file(self.mels_dir, name, (".npy",)) or f"{name}.npy")
+
     def _open_wav(self, index: int) -> Wav:
         """Clip `index` at the level at which it is learnt; read whole the first time."""
         recipe = self.path(index), self.h.sampling_rate, self.h.hop_size
@@ -242,8 +252,7 @@ class MelDataset(torch.utils.data.Dataset):
         return Wav(wav.samples, lambda first, stop: wav.part(first, stop) * gain)
 
     def _load_mel(self, index: int, frames: int) -> torch.Tensor:
-        name = self._mel_name(index)
-        path = self.mels_dir / (find_file(self.mels_dir, name, (".npy",)) or f"{name}.npy")
+        path = self.mel_path(index)
         mel = load_mel(path, self.h.num_mels)
         if abs(mel.shape[1] - frames) > MAX_FRAMES_ASTRAY:
             raise UserError(
@@ -331,7 +340,7 @@ def main() -> int:
     log_mel = LogMelSpectrogram(h, h.fmax)
 
     jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, ending=".npy")
-    with Tally(len(jobs)) as tally:
+    with Tally(len(jobs), a.output_dir) as tally:
         for source, output in jobs:
             with tally.skipping():
                 wav = load_wav(source, h.sampling_rate, min_samples=h.hop_size)

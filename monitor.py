@@ -281,6 +281,6 @@ def describe(state: State, clips: MelDataset, config: str, folder: Path) -> None
         f"{count['D']:.1f}M\n"
         f"{state.device}, {state.precision}, {world_size()} process(es), batch {h.batch_size} of "
         f"{h.segment_size} samples\n"
-        f"{len(clips)} clips, about {hours:.2f} h; {len(clips) // h.batch_size} steps an epoch\n"
+        f"{len(clips)} clips, about {hours:.2g} h; {len(clips) // h.batch_size} steps an epoch\n"
         f"checkpoints and logs in {folder}"
     )

@@ -82,8 +82,8 @@ def pair_files(
         pairs += [FilePair(name, path, each, system) for each in found]
     if not pairs:
         raise UserError(
-            f"{generated_dir}: no audio file is named as one in {reference_dir}; expected <name>"
-            f"{', '.join(('', *(f' or <name>{end}' for end in ENDINGS)))} in the same subfolder"
+            f"{generated_dir}: no audio file is named as one in {reference_dir}; expected <name> "
+            f"{' '.join(f'or <name>{end}' for end in ENDINGS)} in the same subfolder"
         )
     left = [set(references.values()), set(generated.values())]
     for pair in pairs:

@@ -354,7 +354,7 @@ def check_inside(folder: Path, path: Path) -> None:
 class Tally:
     """Counts the files of a command that goes on where one of them must be skipped.
 
-        with Tally(len(jobs)) as tally:
+        with Tally(len(jobs), output_dir) as tally:
             for job in jobs:
                 with tally.skipping():      # a UserError inside is said, and the next file follows
                     ...
@@ -365,8 +365,8 @@ class Tally:
     stack, so that temporary files are removed.
     """
 
-    def __init__(self, files: int):
-        self.files, self.skipped = files, 0
+    def __init__(self, files: int, folder: str | Path):
+        self.files, self.folder, self.skipped = files, folder, 0
 
     @property
     def status(self) -> int:
@@ -383,7 +383,7 @@ class Tally:
         signal.signal(signal.SIGTERM, self.on_sigterm)
         if kind is None:
             skipped = f", {self.skipped} skipped" if self.skipped else ""
-            say(f"{self.files - self.skipped} files written{skipped}")
+            say(one_line(f"{self.files - self.skipped} files written to {self.folder}{skipped}"))
 
     @contextmanager
     def skipping(self) -> Iterator[None]:

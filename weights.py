@@ -165,7 +165,8 @@ def load_checkpoint(path: str | Path) -> dict:
                 f"{path}: holds Python objects ({foreign[1]}), which are never loaded; save the "
                 "weights alone"
             ) from None
-        reason = str(error).split(". ")[0] or type(error).__name__
+        is_archive = "PytorchStreamReader" in str(error)  # whose words are few and to the point
+        reason = str(error) if is_archive else "not written by PyTorch, or damaged"
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path}: not a checkpoint of this family, which hold a dictionary")

@@ -15,6 +15,7 @@ import torch
 from audio import (
     AUDIO_EXTENSIONS,
     audio_seconds,
+    doubt,
     load_mel,
     load_wav,
     open_wav,
@@ -22,6 +23,7 @@ from audio import (
     writing_wav,
 )
 from env import UserError
+from meldataset import SILENT_LOG_MEL
 
 RATE = 22050
 
@@ -362,9 +364,28 @@ def test_damaged_mels_are_refused_by_name(tmp_path, damage):
 
 def test_npz_missing_files_and_folders_are_refused_by_name(tmp_path):
     np.savez(tmp_path / "a.npz", mel=MEL)
-    assert "one .npy array" in load_mel_error(tmp_path / "a.npz")
+    assert "not a readable .npy array" in load_mel_error(tmp_path / "a.npz")
     load_mel_error(tmp_path / "nowhere.npy")
     load_mel_error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mel", "said"),
+    [
+        (MEL / np.log(10), "values from -4.78 to 0.869"),
+        (np.exp(MEL), "values from 1.67e-05 to 7.39"),
+        ((MEL + 11.5) / 14, "values from 0.0357 to 0.964"),
+        (MEL / np.log(10) * 20, "values from -95.5 to 17.4"),
+        ((MEL - MEL.mean()) / MEL.std(), "is it by the config's recipe?"),
+        (np.pad(MEL, ((0, 0), (0, 3))), "ends in 3 frames of zeros"),
+        (np.pad(MEL, ((0, 0), (3, 0))), None),
+        (MEL, None),
+        (np.full((80, 9), SILENT_LOG_MEL), None),
+    ],
+)
+def test_mels_of_another_recipe_are_doubted(mel, said):
+    reason = doubt(torch.from_numpy(mel))
+    assert reason is None if said is None else said in reason
 
 
 class Trap:

@@ -282,7 +282,7 @@ def test_bands_that_would_always_be_silent_are_refused(tmp_path, changes, key, c
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
-    assert "No such file" in refusal(tmp_path / "nowhere.json")
+    assert "no such config" in refusal(tmp_path / "nowhere.json")
     assert "directory" in refusal(tmp_path)
 
 

@@ -147,6 +147,20 @@ def test_mels_of_wavs_give_what_the_wavs_give(checkpoint, wavs, tmp_path):
         )
 
 
+def test_mels_of_another_recipe_are_said_once_and_vocoded(checkpoint, wavs, tmp_path, capsys):
+    assert write_mels(checkpoint, wavs, tmp_path / "mels") == 0
+    mels = sorted((tmp_path / "mels").rglob("*.npy"))
+    for path in mels:
+        np.save(path, np.load(path) / np.log(10))
+    mels[0].write_bytes(b"damaged")
+    capsys.readouterr()
+    assert vocode_mels(checkpoint, tmp_path / "mels", tmp_path / "out") == 1
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if "expected natural logarithms" in line)
+    assert line.startswith(f"{mels[1]}: values from -")
+    assert len(files_in(tmp_path / "out")) == len(mels) - 1
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -232,7 +246,8 @@ def test_all_good_sounds_of_a_folder_are_vocoded_and_each_bad_one_is_named(
         assert line.startswith(f"skipped: {folder / name}: ")
         assert reason in line
     assert "1 files passed over" in printed.out
-    assert f"{len(GOOD_SOUNDS)} files written, {len(BAD_SOUNDS)} skipped" in printed.out
+    written = f"{len(GOOD_SOUNDS)} files written to {tmp_path / 'out'}, {len(BAD_SOUNDS)} skipped"
+    assert written in printed.out
 
 
 @pytest.mark.parametrize("output_dir", ["in/out", "in"])
@@ -242,7 +257,7 @@ def test_what_a_run_has_written_into_its_inputs_is_not_vocoded_by_the_next(
     write_clips(tmp_path / "in", CLIPS)
     for _ in range(2):
         assert vocode(checkpoint, tmp_path / "in", tmp_path / output_dir) == 0
-        assert capsys.readouterr().out == f"{len(CLIPS)} files written\n"
+        assert capsys.readouterr().out == f"{len(CLIPS)} files written to {tmp_path / output_dir}\n"
     written = [path for path in files_in(tmp_path / "in") if path.endswith("_generated.wav")]
     assert len(written) == len(CLIPS)
 
@@ -273,7 +288,7 @@ BAD_MELS = {
     "NaN": (npy_of(np.full((80, 12), np.nan)), "NaN"),
     "objects": (npy_of(np.full((80, 12), None)), "not a readable .npy array"),
     "no bytes": (Path.touch, "not a readable .npy array"),
-    "renamed .npz": (zipped_mel, "expected one .npy array of real numbers"),
+    "renamed .npz": (zipped_mel, "not a readable .npy array"),
 }
 
 

@@ -379,6 +379,7 @@ class Newcomer:
 # By words of the message.
 HAPPENINGS: dict[str, Callable] = {
     "looks transposed": Newcomer.transposed,
+    "values from 0 to 0": Newcomer.another_recipe,
     "beyond full scale": Newcomer.another_recipe,
     "a peak of": Newcomer.integers_as_floats,
     "samples; expected at most 2": Newcomer.another_length,
@@ -387,7 +388,7 @@ HAPPENINGS: dict[str, Callable] = {
     "holds no generator": Newcomer.training_file,
     "no config.json beside it": Newcomer.moved,
     "does not fit the config": Newcomer.moved_to_another,
-    "expected the same model and mel": Newcomer.another_model,
+    "expected the same model, mel and optimizer": Newcomer.another_model,
     "in use by another run": Newcomer.two_trainers,
     "nothing to do": Newcomer.finished,
     "a loss was not finite": Newcomer.not_finite,

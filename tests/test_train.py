@@ -601,7 +601,7 @@ def test_a_damaged_checkpoint_is_not_the_last_good_one(run, monkeypatch):
         run(3, "--stdout_interval", 1)
 
 
-def test_fine_tuning(run, corpus, tmp_path):
+def test_fine_tuning(run, corpus, tmp_path, capsys):
     """From the mels that meldataset.py writes, one of them with Tacotron 2's extra frame."""
     mels = tmp_path / "ft_dataset"
     run_main(
@@ -612,10 +612,32 @@ def test_fine_tuning(run, corpus, tmp_path):
     np.save(mels / "clip0.npy", np.pad(mel, ((0, 0), (0, 1)), mode="edge")[None])
     run(1)
     fine_tuning = ("--fine_tuning", "True", "--input_mels_dir", mels)
+    capsys.readouterr()
     assert run(3, *fine_tuning, "--validation_interval", 1) == 0
+    assert "recipe" not in capsys.readouterr().out
+    np.save(mels / "clip0.npy", mel / np.log(10))
+    run(4, *fine_tuning)
+    assert f"{mels}/clip0.npy: values from" in capsys.readouterr().out
     np.save(mels / "clip0.npy", mel.T)
     with pytest.raises(UserError, match=r"clip0\.npy: .*looks transposed"):
         run(8, *fine_tuning)
+
+
+@pytest.mark.parametrize(
+    ("flag", "others"), [("--input_wavs_dir", ()), ("--input_mels_dir", ("--fine_tuning", "True"))]
+)
+def test_a_folder_that_is_not_there_is_said_with_its_flag(run, tmp_path, flag, others):
+    with pytest.raises(UserError, match=rf"{tmp_path}/nowhere: no such folder; .*{flag}$"):
+        run(1, flag, tmp_path / "nowhere", *others)
+    assert not run.folder.exists()
+
+
+def test_an_mrfs_run_is_not_continued_as_a_misr(run):
+    write_config(run.config, "configs/hifigan_v2.json")
+    run(1)
+    write_config(run.config)
+    with pytest.raises(UserError, match="an MRF's, now a MISR's: expected the same model"):
+        run(2)
 
 
 @pytest.mark.parametrize("clip", ["clip3", "clip6"])
@@ -635,10 +657,13 @@ def test_fewer_clips_than_a_batch_is_an_error(run):
     assert not run.folder.exists()
 
 
-def test_an_empty_validation_list_is_no_crash(run, tmp_path):
+def test_an_empty_validation_list_is_said_and_no_crash(run, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     run(1, "--input_validation_file", tmp_path / "empty.txt", "--validation_interval", 1)
     assert run.names() == ["do_00000001", "g_00000001"]
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/empty.txt: no clips, so no validation\n" in printed
+    assert printed.endswith(f"1 steps are done, saved in {run.folder}\n")
 
 
 def test_warm_start_takes_what_fits(run, tmp_path, capsys):

@@ -283,7 +283,7 @@ def test_the_first_extension_is_taken_and_the_very_name_before_its_likes(tmp_pat
 @pytest.mark.parametrize("bad, status", [((), 0), (("b",), 1), (("a", "b", "c"), 1)])
 def test_a_bad_file_is_named_and_the_others_are_done(bad, status, capsys):
     done = []
-    with Tally(3) as tally:
+    with Tally(3, "out") as tally:
         for name in "abc":
             with tally.skipping():
                 if name in bad:
@@ -295,19 +295,19 @@ def test_a_bad_file_is_named_and_the_others_are_done(bad, status, capsys):
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [f"skipped: in/{name}: broken" for name in bad]
     skipped = f", {len(bad)} skipped" if bad else ""
-    assert printed.out == f"{3 - len(bad)} files written{skipped}\n"
+    assert printed.out == f"{3 - len(bad)} files written to out{skipped}\n"
 
 
 @pytest.mark.parametrize("error", [WriteError("out/b: full"), ValueError("a bug")])
 def test_what_the_next_file_would_meet_too_ends_the_command(error, capsys):
-    with pytest.raises(type(error), match=str(error)), Tally(3) as tally, tally.skipping():
+    with pytest.raises(type(error), match=str(error)), Tally(3, "out") as tally, tally.skipping():
         raise error
     assert "written" not in capsys.readouterr().out
 
 
 def test_sigterm_unwinds_the_stack_while_files_are_made_and_then_is_as_before():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end, Tally(1):
+    with pytest.raises(SystemExit) as end, Tally(1, "out"):
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
@@ -379,7 +379,7 @@ def test_a_command_needs_no_terminal_and_no_streams(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
 
     def main():
-        with Tally(1) as tally, tally.skipping():
+        with Tally(1, "out") as tally, tally.skipping():
             raise UserError("a: broken")
         return tally.status
 
@@ -387,7 +387,7 @@ def test_a_command_needs_no_terminal_and_no_streams(monkeypatch, stream):
         command_line(main)
     assert end.value.code == 1
     if stream is not None:
-        assert stream.getvalue() == "skipped: a: broken\n0 files written, 1 skipped\n"
+        assert stream.getvalue() == "skipped: a: broken\n0 files written to out, 1 skipped\n"
 
 
 def test_a_library_call_may_have_something_to_say_in_a_service(monkeypatch):
@@ -399,7 +399,7 @@ COMMAND = """
 from env import UserError
 from utils import Tally, command_line, say
 def main():
-    with Tally(2) as tally:
+    with Tally(2, "out") as tally:
         for name in "ab":
             with tally.skipping():
                 say(name)
