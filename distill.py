@@ -29,7 +29,7 @@ from inference import load_generator
 from inference import prepare as as_speaker
 from launch import add_arguments, launch_or_train
 from loop import Losses, Update
-from meldataset import SILENT_LOG_MEL
+from meldataset import SILENT_LOG_MEL, MelLoss
 from models import LRELU_SLOPE, Generator, fuse
 from muon import RATE, Muon
 from utils import command_line, command_parser, say
@@ -38,6 +38,7 @@ from weights import family_weights, mrf_as_misr, own_weights
 # The recipe, found by measurement: docs/distillation.md has what else was tried.
 WARM_UP = 50  # updates
 MAX_GRADIENT_NORM = 5.0
+MEL_WEIGHT = 0.3  # beside the errors of the stages
 AVERAGE = 0.99  # of the weights, from one update to the next
 QUIETEST_GAIN = math.log(0.1)  # of mels, whose levels vary
 QUIET_FRAME = 0.05  # of the mean size of a frame: where relative errors begin to be relative to it
@@ -94,37 +95,44 @@ def distance(y: torch.Tensor, target: torch.Tensor, frame: int) -> torch.Tensor:
 
 
 class Lesson(nn.Module):
-    """The student's errors in each stage, for a mel [B, num_mels, T]: [stages, 2].
+    """The student's errors for a mel [B, num_mels, T]: in each stage, [stages, 2], and in all, [].
 
-    The first is the error of what its MISR gives; the second what is left of it after the teacher's
-    next layer, where it matters: the next transposed convolution or, after the last, conv_post.
+    Of a stage, the first is the error of what its MISR gives for what the teacher's MRF is given;
+    the second what is left of it after the teacher's next layer, where it matters: the next
+    transposed convolution or, after the last, conv_post. In all: the mel loss between the teacher's
+    waveform and the student's own, in which every stage is given what the one before has made.
     """
 
     def __init__(self, student: Generator, teacher: Generator, h: Config, autocast: torch.autocast):
         super().__init__()
-        self.student, self.autocast = student, autocast
+        self.student, self.autocast, self.mel_loss = student, autocast, MelLoss(h)
         self.teacher = [teacher]  # hidden: it has nothing to learn or to save
         self.frames = [
             math.prod(h.upsample_rates[: stage + 1]) for stage in range(len(h.upsample_rates))
         ]
 
-    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+    def forward(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (teacher,) = self.teacher
-        errors, x = [], teacher.first(mel)
-        ups = [*teacher.ups[1:], None]
-        for stage, (up, blocks) in enumerate(teacher.stages()):
+        errors, B = [], len(mel)
+        with torch.no_grad():
+            heard = teacher.ups[0](nn.functional.leaky_relu(teacher.first(mel), LRELU_SLOPE))
+        for stage, (_, blocks) in enumerate(teacher.stages()):
+            up = teacher.ups[stage + 1] if stage + 1 < len(teacher.ups) else None
             with torch.no_grad():
-                given = up(nn.functional.leaky_relu(x, LRELU_SLOPE))
-                x = fuse(blocks, given)
-                expected = self.after(x, ups[stage])
+                expected = fuse(blocks, heard[:B])
+                expected_next = self.after(expected, up)
             with self.autocast:
-                y = self.student.resblocks[stage](given)
+                y = self.student.resblocks[stage](heard)
+            y_next = self.after(y, up)
             frame, rate = self.frames[stage], (self.frames + self.frames[-1:])[stage + 1]
             errors += [
-                distance(y, x, frame),
-                distance(self.after(y, ups[stage]), expected, rate),
+                distance(y[:B], expected, frame),
+                distance(y_next[:B], expected_next, rate),
             ]
-        return torch.stack(errors).reshape(-1, 2)
+            heard = torch.cat((expected_next, y_next[-B:]))  # by the teacher, by the student
+        head = teacher.istft or torch.tanh
+        wav, wav_hat = head(heard.float()).squeeze(1).split(B)
+        return torch.stack(errors).reshape(-1, 2), self.mel_loss(wav_hat, wav)
 
     def after(self, x: torch.Tensor, up: nn.Module | None) -> torch.Tensor:
         """x after the teacher's next layer."""
@@ -168,8 +176,8 @@ class Distillation:
         for optimizer in (self.muon, state.optim_g):  # of which the second shows it to the monitor
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        errors = self.lesson(at_other_levels(mel, state))
-        loss = errors.sum()
+        errors, mel_error = self.lesson(at_other_levels(mel, state))
+        loss = errors.sum() + MEL_WEIGHT * mel_error
         self.student.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.learnt, MAX_GRADIENT_NORM)
@@ -180,7 +188,12 @@ class Distillation:
             for stage, row in enumerate(errors.detach(), start=1)
             for name, error in zip(("", "_next"), row, strict=True)
         }
-        return {"gen_loss_total": loss.detach(), "gradient_norm_student": norm, **named}
+        return {
+            "gen_loss_total": loss.detach(),
+            "gen_loss_mel": mel_error.detach(),
+            "gradient_norm_student": norm,
+            **named,
+        }
 
     def rate(self, state: State) -> float:
         """Up in WARM_UP updates and, where --training_steps ends the run, down to 0 by a cosine."""
