@@ -11,6 +11,9 @@ its stage is given, and learns to give what that gives:
                                   |     ^      |     ^
     student                       +-> MISR     +-> MISR      each alone, all in one update
 
+and all of them together, each given what the one before has made, learn to make a waveform of the
+teacher's mel: for small errors, stage after stage, take energy from the sound.
+
 The teacher answers any mel, so mels at other levels cost nothing. `g_*` files hold a running
 average of the student, which validation hears; train.py goes on from them.
 """

@@ -22,7 +22,7 @@ from env import Config, UserError
 from heads import HarmonicSTFT
 from inference import load_generator
 from meldataset import SILENT_LOG_MEL
-from models import MISR, Generator
+from models import MISR, Generator, radius
 from utils import command_line, command_parser, replacing
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # What one has to know to make the right mel, and to play the result.
 METADATA_KEYS = ("sampling_rate", "hop_size", "num_mels", "n_fft", "win_size", "fmin", "fmax")
 MEL_RECIPE = "natural log of at least 1e-5 of Slaney mel bands of STFT magnitudes, as HiFi-GAN"
+
+SET_OF_CHANNELS = 64  # in ONNX Runtime's convolutions
+LAST = 2**63 - 1  # in ONNX, the end of any slice
 
 # The key by which sherpa-onnx knows a vocoder that takes a log-mel and gives a waveform.
 MODEL_TYPE = "hifigan"
@@ -41,36 +44,102 @@ LARGEST_OF_PULSES = 1e-2  # whose phase adds up what rounding does to their pitc
 
 
 class PictureMISR(nn.Module):
-    """A MISR [B, C, T] -> [B, C, T] as ONNX Runtime runs it fast: its N views as rows of a picture.
+    """A MISR [B, C, T] -> [B, C, T] as ONNX Runtime runs it fast: as rows of a picture.
 
     ONNX Runtime has fast convolutions (channels in blocks, activations and sums inside) for
-    pictures only. So the shared block runs on [B, C, N, T], by kernels of height 1. A kernel of
-    height N makes the N rows of one, padded by N - 1 rows on both sides, of which each output row
-    meets it in another of the kernel's rows; another merges them. A view a thread, at most.
+    pictures only, and shares out among its threads rows and sets of 64 channels. So the shared
+    block runs on [B, C, rows, T'], by kernels of height 1: a row is a view of the input, or, of one
+    set of channels, a view of the first or of the second half of the time; else, of the three views
+    of two threads, one would wait for the other. The halves overlap by what the block reaches, and
+    each has one end of the whole, where the block pads as it does there.
+
+    A kernel of height N makes the N views of a row, padded by N - 1 rows on both sides, of which
+    each view meets it in another of the kernel's rows; another kernel merges them.
     """
 
     def __init__(self, misr: MISR):
         super().__init__()
         N, C = misr.num_inputs, misr.input_conv.in_channels
+        self.num_inputs, self.reach = N, radius(misr)
+        self.is_halved = C <= SET_OF_CHANNELS
         self.views = nn.Conv2d(C, C, (N, 1), padding=(N - 1, 0), bias=False)
         self.views.weight = _parameter(
             misr.input_conv.weight.reshape(N, C, C).flip(0).permute(1, 2, 0)[..., None]
         )
-        self.bias = _parameter(misr.input_conv.bias.reshape(N, C).T[..., None])
+        bias = misr.input_conv.bias.reshape(N, C).T[..., None]
+        self.bias = _parameter(bias.repeat(1, 2, 1) if self.is_halved else bias)
         self.resblock = copy.deepcopy(misr.resblock)
         for name, convs in self.resblock.named_children():
             setattr(self.resblock, name, nn.ModuleList(map(_as_picture, convs)))
         self.merge = None
         if misr.output_conv is not None:
-            self.merge = nn.Conv2d(C, C, (N, 1))
+            self.merge = nn.Conv2d(C, C, (N, 1), stride=(N, 1))
             self.merge.weight = _parameter(
                 misr.output_conv.weight.reshape(C, N, C).transpose(1, 2)[..., None]
             )
             self.merge.bias = misr.output_conv.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.resblock(self.views(x.unsqueeze(2)) + self.bias)
-        return y.mean(2) if self.merge is None else self.merge(y).squeeze(2)
+        rows = x.unsqueeze(2)
+        if self.is_halved:
+            rows = halves(rows, self.reach, self.num_inputs - 1)
+        y = self.resblock(self.views(rows) + self.bias)
+        y = self.merge(y) if self.merge else y.unflatten(2, (-1, self.num_inputs)).mean(3)
+        return (whole(y, x) if self.is_halved else y).squeeze(2)
+
+
+# To the exporter, operators of their own: it would reason for minutes about lengths of their parts.
+
+
+@torch.library.custom_op("misrnet::halves", mutates_args=())
+def halves(x: torch.Tensor, reach: int, gap: int) -> torch.Tensor:
+    """[B, C, 1, T] -> [B, C, 1 + gap + 1, T']: its halves, longer by `reach`, and rows of zeros.
+
+    T' is T where that leaves no more.
+    """
+    T = x.shape[3]
+    length = min(T, T - T // 2 + reach)
+    first = nn.functional.pad(x[..., :length], (0, 0, 0, gap))
+    return torch.cat((first, x[..., T - length :]), 2)
+
+
+@halves.register_fake
+def _(x: torch.Tensor, reach: int, gap: int) -> torch.Tensor:
+    B, C, _, _ = x.shape
+    return x.new_empty(B, C, gap + 2, torch.library.get_ctx().new_dynamic_size())
+
+
+@torch.library.custom_op("misrnet::whole", mutates_args=())
+def whole(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The halves [B, C, 2, T'], without what they have twice, as [B, C, 1, T], T as of `like`."""
+    half = like.shape[2] // 2
+    return torch.cat((y[:, :, :1, :half], y[:, :, 1:, half - like.shape[2] :]), 3)
+
+
+@whole.register_fake
+def _(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(like).unsqueeze(2)
+
+
+def translations() -> dict:
+    """The two operators in ONNX, for the exporter."""
+    from onnxscript import opset18 as op
+
+    def onnx_halves(x, reach: int, gap: int):
+        T = op.Shape(x, start=3)
+        length = op.Min(T, T - T / 2 + reach)
+        first = op.Slice(x, [0], length, [3])
+        second = op.Slice(x, T - length, T, [3])
+        return op.Concat(op.Pad(first, [0, gap], axes=[2]), second, axis=2)
+
+    def onnx_whole(y, like):
+        T = op.Shape(like, start=2)
+        first = op.Slice(op.Slice(y, [0], [1], [2]), [0], T / 2, [3])
+        second = op.Slice(op.Slice(y, [1], [2], [2]), T / 2 - T, [LAST], [3])
+        return op.Concat(first, second, axis=3)
+
+    ops = torch.ops.misrnet
+    return {ops.halves.default: onnx_halves, ops.whole.default: onnx_whole}
 
 
 def _parameter(weight: torch.Tensor) -> nn.Parameter:
@@ -146,6 +215,7 @@ def to_onnx(generator: Generator, h: Config) -> "onnx.ModelProto":
             dynamic_shapes={"mel": {0: "B", 2: "T"}},
             input_names=["mel"],
             output_names=["wav"],
+            custom_translation_table=translations(),
             verbose=False,
         )
     model = program.model_proto

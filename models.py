@@ -241,8 +241,8 @@ class Generator(nn.Module):
             first, last = first - 1, last - 1  # the reflected frame
         first, last = first - self.conv_post.padding[0], last + self.conv_post.padding[0]
         for up, blocks in reversed(self.stages()):
-            radius = max(map(_radius, blocks))
-            first, last = first - radius, last + radius
+            reach = max(map(radius, blocks))
+            first, last = first - reach, last + reach
             if isinstance(up, nn.ConvTranspose1d):
                 (kernel_size,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
                 first, last = _sources(first, last, kernel_size, rate=rate, padding=padding)
@@ -257,7 +257,7 @@ class Generator(nn.Module):
                 module._load_state_dict_pre_hooks.clear()
 
 
-def _radius(block: nn.Module) -> int:
+def radius(block: nn.Module) -> int:
     """How many samples to each side a sample of a block's output depends on."""
     return sum(m.padding[0] for m in block.modules() if isinstance(m, nn.Conv1d))
 

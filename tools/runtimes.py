@@ -33,6 +33,7 @@ from utils import command_line, command_parser, positive
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 BASE = "eager fp32"  # what the others are compared with
+PAUSE = 0.5  # seconds before each turn, for the threads of the one before to fall asleep
 
 
 class Case(NamedTuple):
@@ -132,6 +133,7 @@ def seconds_of_turns(case: Case, repeats: int, clock: str) -> dict[str, list[flo
     seconds = {runtime: [] for runtime in workers}
     for _ in tqdm(range(repeats), disable=None, leave=False):
         for runtime, (_, connection) in workers.items():
+            time.sleep(PAUSE)
             connection.send(True)
             seconds[runtime].append(connection.recv())
     for process, connection in workers.values():
