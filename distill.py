@@ -41,7 +41,9 @@ from weights import family_weights, mrf_as_misr, own_weights
 # The recipe, found by measurement: docs/distillation.md has what else was tried.
 WARM_UP = 50  # updates
 MAX_GRADIENT_NORM = 5.0
-MEL_WEIGHT = 0.3  # beside the errors of the stages
+# The mel loss of the whole, beside the errors of the stages, from this share of the run on: while
+# stages err much, it spoils the sound. A run whose end is open counts as one of 5,000 updates.
+MEL_WEIGHT, WHOLE_FROM, OPEN_RUN = 0.3, 0.7, 5000
 AVERAGE = 0.99  # of the weights, from one update to the next
 QUIETEST_GAIN = math.log(0.1)  # of mels, whose levels vary
 QUIET_FRAME = 0.05  # of the mean size of a frame: where relative errors begin to be relative to it
@@ -98,12 +100,13 @@ def distance(y: torch.Tensor, target: torch.Tensor, frame: int) -> torch.Tensor:
 
 
 class Lesson(nn.Module):
-    """The student's errors for a mel [B, num_mels, T]: in each stage, [stages, 2], and in all, [].
+    """The student's errors for a mel [B, num_mels, T]: of stages, [stages, 2]; of the whole, [].
 
     Of a stage, the first is the error of what its MISR gives for what the teacher's MRF is given;
     the second what is left of it after the teacher's next layer, where it matters: the next
-    transposed convolution or, after the last, conv_post. In all: the mel loss between the teacher's
-    waveform and the student's own, in which every stage is given what the one before has made.
+    transposed convolution or, after the last, conv_post. Of the whole: the mel loss between the
+    teacher's waveform and the student's own, for which each stage is given what the one before has
+    made; None where that is not asked for.
     """
 
     def __init__(self, student: Generator, teacher: Generator, h: Config, autocast: torch.autocast):
@@ -114,7 +117,9 @@ class Lesson(nn.Module):
             math.prod(h.upsample_rates[: stage + 1]) for stage in range(len(h.upsample_rates))
         ]
 
-    def forward(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, mel: torch.Tensor, with_whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         (teacher,) = self.teacher
         errors, B = [], len(mel)
         with torch.no_grad():
@@ -132,10 +137,15 @@ class Lesson(nn.Module):
                 distance(y[:B], expected, frame),
                 distance(y_next[:B], expected_next, rate),
             ]
-            heard = torch.cat((expected_next, y_next[-B:]))  # by the teacher, by the student
+            heard = expected_next  # by the teacher; and by the student
+            if with_whole:
+                heard = torch.cat((heard, y_next[-B:]))
+        errors = torch.stack(errors).reshape(-1, 2)
+        if not with_whole:
+            return errors, None
         head = teacher.istft or torch.tanh
         wav, wav_hat = head(heard.float()).squeeze(1).split(B)
-        return torch.stack(errors).reshape(-1, 2), self.mel_loss(wav_hat, wav)
+        return errors, self.mel_loss(wav_hat, wav)
 
     def after(self, x: torch.Tensor, up: nn.Module | None) -> torch.Tensor:
         """x after the teacher's next layer."""
@@ -179,24 +189,20 @@ class Distillation:
         for optimizer in (self.muon, state.optim_g):  # of which the second shows it to the monitor
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        errors, mel_error = self.lesson(at_other_levels(mel, state))
-        loss = errors.sum() + MEL_WEIGHT * mel_error
+        with_whole = state.steps >= WHOLE_FROM * (self.last_step or OPEN_RUN)
+        errors, mel_error = self.lesson(at_other_levels(mel, state), with_whole)
+        loss = errors.sum() + (MEL_WEIGHT * mel_error if with_whole else 0)
         self.student.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.learnt, MAX_GRADIENT_NORM)
         self.muon.step()
         self.average(state)
-        named = {
-            f"stage_{stage}{name}": error
-            for stage, row in enumerate(errors.detach(), start=1)
-            for name, error in zip(("", "_next"), row, strict=True)
-        }
-        return {
-            "gen_loss_total": loss.detach(),
-            "gen_loss_mel": mel_error.detach(),
-            "gradient_norm_student": norm,
-            **named,
-        }
+        losses = {"gen_loss_total": loss.detach(), "gradient_norm_student": norm}
+        if with_whole:
+            losses["gen_loss_mel"] = mel_error.detach()
+        for stage, row in enumerate(errors.detach(), start=1):
+            losses[f"stage_{stage}"], losses[f"stage_{stage}_next"] = row
+        return losses
 
     def rate(self, state: State) -> float:
         """Up in WARM_UP updates and, where --training_steps ends the run, down to 0 by a cosine."""

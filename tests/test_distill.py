@@ -62,7 +62,7 @@ def test_stage_errors_equal_those_of_the_two_generators_layer_by_layer(tmp_path)
     h = toy_config(tmp_path)
     lesson, teacher = make_lesson(tmp_path, h, toy_config(tmp_path, MRF))
     mel = torch.randn(2, h.num_mels, 6)
-    (errors, mel_error), x, frame = lesson(mel), teacher.conv_pre(mel), 1
+    (errors, mel_error), x, frame = lesson(mel, True), teacher.conv_pre(mel), 1
     own = x
     for stage in range(4):
         given = teacher.ups[stage](F.leaky_relu(x, 0.1))
@@ -82,6 +82,9 @@ def test_stage_errors_equal_those_of_the_two_generators_layer_by_layer(tmp_path)
     log_mel = LogMelSpectrogram(h, h.fmax_for_loss)
     expected = (log_mel(wav_hat[:, 0]) - log_mel(teacher(mel)[:, 0])).abs().mean()
     torch.testing.assert_close(mel_error, expected, rtol=1e-4, atol=1e-6)
+    of_stages, none = lesson(mel, False)
+    assert none is None
+    torch.testing.assert_close(of_stages, errors, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", ["config_v1.json", "configs/istft_v2.json"])
@@ -89,10 +92,10 @@ def test_a_student_that_equals_its_teacher_has_no_error_and_no_other_gradient(tm
     h = toy_config(tmp_path, config)
     lesson, teacher = make_lesson(tmp_path, h, h)
     lesson.student.load_state_dict(teacher.state_dict())
-    for errors in lesson(torch.randn(2, h.num_mels, 6)):
+    for errors in lesson(torch.randn(2, h.num_mels, 6), True):
         assert float(errors.detach().abs().max()) < 1e-5
     lesson.student.load_state_dict(loud(lesson.student).state_dict())
-    sum(errors.sum() for errors in lesson(torch.randn(2, h.num_mels, 6))).backward()
+    sum(errors.sum() for errors in lesson(torch.randn(2, h.num_mels, 6), True)).backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad.abs().max() > 0 for p in lesson.student.resblocks.parameters())
 
@@ -175,6 +178,21 @@ def test_a_misr_is_learnt_from_a_misr(tmp_path):
         first = first or float(losses["gen_loss_total"])
         state.steps += 1
     assert float(losses["gen_loss_total"]) < 4 * 1e-3 < 0.05 * first
+
+
+def test_the_whole_comes_in_when_most_of_the_run_is_done(tmp_path):
+    teacher = loud(Generator(toy_config(tmp_path, MRF))).requires_grad_(False)
+    teacher.remove_weight_norm()
+    learner, state = distillation(tmp_path, teacher, **TOY_MISR)
+    for last_step, first in ((10, 7), (None, 3500)):
+        learner.last_step = last_step
+        for state.steps in (first - 1, first):
+            losses = learner.update(state, torch.randn(1, 80, 4), None)
+            total = sum(value for name, value in losses.items() if name.startswith("stage"))
+            if state.steps >= first:
+                total = total + 0.3 * losses["gen_loss_mel"]
+            torch.testing.assert_close(losses["gen_loss_total"], total)
+            assert ("gen_loss_mel" in losses) == (state.steps >= first)
 
 
 def test_levels_follow_from_seed_and_step_and_silence_stays(tmp_path):
