@@ -143,16 +143,16 @@ def read_clips(file_list: str | Path, wavs_dir: str | Path) -> np.ndarray:
         UserError: unreadable list, or an id without an audio file.
     """
     names = []
-    if not os.path.isdir(wavs_dir):
-        raise UserError(
-            f"{wavs_dir}: no such folder; expected the audio files of {file_list}: give "
-            "--input_wavs_dir"
-        )
     try:
         with open(file_list, encoding="utf-8-sig") as lines:  # Windows writes a byte order mark
             for line in lines:
                 if clip_id := line.split("|", 1)[0].strip():
                     name = find_file(wavs_dir, clip_id, AUDIO_EXTENSIONS)
+                    if name is None and not os.path.isdir(wavs_dir):
+                        raise UserError(
+                            f"{wavs_dir}: no such folder; expected the audio files of {file_list}: "
+                            "give --input_wavs_dir"
+                        )
                     if name is None:
                         raise UserError(
                             f"{file_list}: no audio file for the id {clip_id!r} in {wavs_dir}; is "

@@ -632,6 +632,14 @@ def test_a_folder_that_is_not_there_is_said_with_its_flag(run, tmp_path, flag, o
     assert not run.folder.exists()
 
 
+def test_whole_paths_as_ids_need_no_folder(run, corpus, tmp_path):
+    clips = sorted((corpus / "wavs").glob("*.wav"))
+    (tmp_path / "list.txt").write_text("".join(f"{clip}\n" for clip in clips))
+    lists = ("--input_training_file", "--input_validation_file")
+    flags = (word for flag in lists for word in (flag, tmp_path / "list.txt"))
+    assert run(1, "--input_wavs_dir", tmp_path / "nowhere", *flags) == 0
+
+
 def test_an_mrfs_run_is_not_continued_as_a_misr(run):
     write_config(run.config, "configs/hifigan_v2.json")
     run(1)
