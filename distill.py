@@ -175,7 +175,8 @@ class Distillation:
         self.learnt, self.student = learnt, student
         self.muon = Muon(learnt, RATE * h.learning_rate, betas=(h.adam_b1, h.adam_b2))
         state.more = {"student": student, "muon": self.muon}
-        self.lesson = as_ddp(Lesson(student, teacher, h, state.autocast()), state.device)
+        lesson = Lesson(student, teacher, h, state.autocast()).to(state.device)
+        self.lesson = as_ddp(lesson, state.device)
 
     def update(self, state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
         """One step of all MISRs; the teacher alone says what is right, so `wav` is not looked at.

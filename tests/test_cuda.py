@@ -14,6 +14,7 @@ from torch import nn
 
 import train
 from checkpoint import State, build_state, checkpoint_path, paired_steps
+from distill import OPEN_RUN, Distillation
 from inference import prepare, synthesize
 from models import Generator
 from tools.toy import ROOT, corpus_arguments, run_main, toy_config, write_config
@@ -84,6 +85,23 @@ def test_an_update_in_bf16_is_near_that_of_the_cpu(tmp_path, config):
     assert set(convolved) == {torch.bfloat16}
     for optimizer in (state.optim_g, state.optim_d):
         assert {moments["exp_avg"].dtype for moments in optimizer.state.values()} == {torch.float32}
+
+
+def test_an_update_of_a_distillation_is_that_of_the_cpu(tmp_path):
+    """Late in a run, when the waveform counts too."""
+    teacher_h = toy_config(tmp_path, "configs/hifigan_v1.json")
+    h = toy_config(tmp_path, "config_v1.json")
+    losses = []
+    for device in (CPU, CUDA):
+        torch.manual_seed(0)
+        teacher, state = Generator(teacher_h).to(device), build_state(h, device)
+        state.steps = OPEN_RUN
+        losses.append(Distillation(state, teacher, None).update(state, *batch(h, device)))
+    expected, found = losses
+    assert found.keys() == expected.keys()
+    for name, loss in found.items():
+        assert loss.device == CUDA
+        assert float(loss) == pytest.approx(float(expected[name]), rel=1e-3)
 
 
 @pytest.fixture
