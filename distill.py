@@ -41,8 +41,9 @@ from weights import family_weights, mrf_as_misr, own_weights
 # The recipe, found by measurement: docs/distillation.md has what else was tried.
 WARM_UP = 50  # updates
 MAX_GRADIENT_NORM = 5.0
-# The mel loss of the whole, beside the errors of the stages, from this share of the run on: while
-# stages err much, it spoils the sound. A run whose end is open counts as one of 5,000 updates.
+# The mel loss of the whole, beside the errors of the stages, from this share of the run on, or from
+# a warm start on: while stages err much, it spoils the sound. A run whose end is open counts as one
+# of 5,000 updates.
 MEL_WEIGHT, WHOLE_FROM, OPEN_RUN = 0.3, 0.7, 5000
 AVERAGE = 0.99  # of the weights, from one update to the next
 QUIETEST_GAIN = math.log(0.1)  # of mels, whose levels vary
@@ -162,8 +163,9 @@ class Distillation:
     `g_*`. The student itself and its optimizers are in `do_*`.
     """
 
-    def __init__(self, state: State, teacher: Generator, last_step: int | None):
+    def __init__(self, state: State, teacher: Generator, last_step: int | None, is_warm: bool):
         self.last_step, h = last_step, state.h
+        self.whole_from = 0 if is_warm else WHOLE_FROM * (last_step or OPEN_RUN)
         torch.manual_seed(h.seed)
         student = Generator(h).to(state.device)
         for generator in (student, state.generator):
@@ -190,7 +192,7 @@ class Distillation:
         for optimizer in (self.muon, state.optim_g):  # of which the second shows it to the monitor
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        with_whole = state.steps >= WHOLE_FROM * (self.last_step or OPEN_RUN)
+        with_whole = state.steps >= self.whole_from
         errors, mel_error = self.lesson(at_other_levels(mel, state), with_whole)
         loss = errors.sum() + (MEL_WEIGHT * mel_error if with_whole else 0)
         self.student.zero_grad()
@@ -232,7 +234,7 @@ def prepare(a: argparse.Namespace, state: State) -> Update:
     """Gives `state` a student of --teacher_file; returns the update that teaches it."""
     teacher, h = load_generator(a.teacher_file, state.device)
     check_teacher(h, state.h, a.teacher_file)
-    return Distillation(state, teacher, a.training_steps).update
+    return Distillation(state, teacher, a.training_steps, is_warm=bool(a.warm_start)).update
 
 
 def main() -> int:

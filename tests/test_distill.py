@@ -137,10 +137,12 @@ def test_biases_take_the_steps_of_adamw():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def distillation(tmp_path, teacher: Generator, **changes) -> tuple[Distillation, object]:
+def distillation(
+    tmp_path, teacher: Generator, last_step=None, is_warm=False, **changes
+) -> tuple[Distillation, object]:
     h = toy_config(tmp_path, **(TOY_MISR | changes))
     state = build_state(h, torch.device("cpu"))
-    return Distillation(state, teacher, last_step=None), state
+    return Distillation(state, teacher, last_step, is_warm), state
 
 
 def test_the_student_begins_with_the_teacher_s_layers_and_its_block_of_the_same_kernel(
@@ -180,13 +182,12 @@ def test_a_misr_is_learnt_from_a_misr(tmp_path):
     assert float(losses["gen_loss_total"]) < 4 * 1e-3 < 0.05 * first
 
 
-def test_the_whole_comes_in_when_most_of_the_run_is_done(tmp_path):
+def test_the_whole_comes_in_when_most_of_the_run_is_done_or_at_once_after_a_warm_start(tmp_path):
     teacher = loud(Generator(toy_config(tmp_path, MRF))).requires_grad_(False)
     teacher.remove_weight_norm()
-    learner, state = distillation(tmp_path, teacher, **TOY_MISR)
-    for last_step, first in ((10, 7), (None, 3500)):
-        learner.last_step = last_step
-        for state.steps in (first - 1, first):
+    for last_step, is_warm, first in ((10, False, 7), (None, False, 3500), (10, True, 0)):
+        learner, state = distillation(tmp_path, teacher, last_step, is_warm)
+        for state.steps in range(max(0, first - 1), first + 1):
             losses = learner.update(state, torch.randn(1, 80, 4), None)
             total = sum(value for name, value in losses.items() if name.startswith("stage"))
             if state.steps >= first:
