@@ -12,8 +12,14 @@ from meldataset import MIN_MAGNITUDE, LogMelSpectrogram
 from voice import F0_RANGE, Voice
 
 PITCHES = 64  # between which a pitch lies, weighed by a softmax
-NOISE_FRAMES = 256  # of noise, which then comes again
+NOISE_FRAMES = 2048  # of noise, which then comes again
 NOISE_SEED = 0
+LOWEST = 1000.0  # Hz, below which the noise says how voiced a frame is
+# The bell by which noise comes with the pulses of a voice: how narrow, and its root mean square.
+BELL = 2.0
+BELL_SIZE = math.exp(-BELL) * math.sqrt(float(torch.i0(torch.tensor(2 * BELL))))
+MOMENTUM = 0.99  # of the consistency steps
+TRAINED_STEPS = 4  # of them, through which one trains; more, and what is learnt is worse
 MIN_WINDOW = 1e-3  # sum of squared windows, near the ends
 MIN_SIZE = 1e-5  # of the numbers of a spectrum, for their directions
 
@@ -69,17 +75,18 @@ class HarmonicSTFT(nn.Module):
 
     The channels are, for each frame, a pitch, how much of each bin is noise, and a correction of
     its magnitude. A mel says little of phases, and what is learnt of them by regression is a hum;
-    but pulses at the right pitch, and noise, have phases like speech. Their STFT is brought to the
-    mel's levels, band by band, and corrected. What comes out is no STFT of any waveform, so the
-    inverse is followed by `consistency_steps`, through which one trains: STFT, keep the phase, put
-    the magnitude back, inverse STFT, with a learnt momentum.
+    but pulses at the right pitch, and noise, have phases like speech. In a voice, noise comes in
+    bursts, one with each pulse. Their STFT is brought to the mel's levels, band by band, and
+    corrected. What comes out is no STFT of any waveform, so the inverse is followed by
+    `consistency_steps`: STFT, keep the phase, put the magnitude back, inverse STFT, with momentum.
+    One trains through the first few of them.
 
     Pitch and noise are learnt from what voice.py measures, and no other gradient reaches them: of
     two spectra with unlike phases, the noisier one is the nearer.
 
     Source: McAulay and Quatieri 1986, Griffin and Lim 1988 (multiband excitation) for pulses and
-    noise; Griffin-Lim with momentum (Perraudin et al. 2013), unrolled as in Masuyama et al., "Deep
-    Griffin-Lim iteration", 2019.
+    noise; Stylianou 2001 for noise in bursts; Griffin-Lim with momentum (Perraudin et al. 2013),
+    unrolled as in Masuyama et al., "Deep Griffin-Lim iteration", 2019.
     """
 
     def __init__(self, h: Config):
@@ -89,16 +96,14 @@ class HarmonicSTFT(nn.Module):
         self.channels = (bins, bins, PITCHES)
         self.in_channels = sum(self.channels)
         self.max_log_magnitude = math.log(h.n_fft)  # which no window of [-1, 1] exceeds
-        self.momentum = nn.Parameter(torch.tensor(0.5))
         low, high = map(math.log, F0_RANGE)
         _keep(self, "pitches", torch.linspace(low, high, PITCHES, dtype=torch.float64))
         filterbank = LogMelSpectrogram(h, h.fmax).filterbank
         _keep(self, "filterbank", filterbank.T)
         _keep(self, "spread", _spread(filterbank))
         random = torch.Generator().manual_seed(NOISE_SEED)
-        noise = torch.randn(1, NOISE_FRAMES * h.hop_size, generator=random)
-        # Windows that reach beyond its end hear its beginning.
-        _keep(self, "noise", self.stft(torch.cat([noise, noise[:, : self.stft.beyond]], 1))[0])
+        _keep(self, "noise", torch.randn(NOISE_FRAMES * h.hop_size, generator=random))
+        self.lowest_bins = math.ceil(LOWEST / h.sampling_rate * h.n_fft)
 
     @property
     def reach(self) -> int:
@@ -120,40 +125,58 @@ class HarmonicSTFT(nn.Module):
         if self.training:  # Of no meaning, but another for each segment, and the same again.
             chance = mel.double().sum((1, 2), keepdim=True).square()
             origin = Origin(chance.long().flatten(1), cycles=chance.flatten(1))
-        pulses, cycles = self.pulses(log_f0.detach(), origin, x.dtype)
+        pulses, turns, cycles = self.pulses(log_f0.detach(), origin, x.dtype)
         voice = Voice(log_f0, noise.sigmoid(), cycles)
-        spectrum = self._mix(pulses, voice.noise.detach(), origin)
+        spectrum = self._mix(pulses, turns, voice.noise.detach(), origin)
         size = _size(spectrum)
         level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
         lift = (mel.to(x.dtype).transpose(1, 2) - level) @ self.spread
         magnitude = (size.log() + lift + correction).clamp(max=self.max_log_magnitude).exp()
         return self._consistent(spectrum, magnitude), voice
 
-    def _mix(self, pulses: torch.Tensor, noise: torch.Tensor, origin: Origin) -> torch.Tensor:
-        """Pulses [B, N + beyond] and noise, by its share [B, T, bins]: a spectrum."""
-        frames = origin.frame + torch.arange(noise.shape[1], device=noise.device)
+    def _mix(
+        self, pulses: torch.Tensor, turns: torch.Tensor, noise: torch.Tensor, origin: Origin
+    ) -> torch.Tensor:
+        """Pulses and turns [B, N + beyond], and noise by its share [B, T, bins]: a spectrum."""
+        samples = torch.arange(pulses.shape[1], device=noise.device) - self.stft.edges[0]
+        samples = samples + origin.frame * self.stft.hop_size
+        voiced = 1 - noise[:, :, : self.lowest_bins].mean(2)
+        bursts = self.noise[samples % len(self.noise)] * self._bursts(turns, voiced)
         rest = (1 - noise.square()).sqrt()
-        return _times(self.stft(pulses), rest) + _times(self.noise[frames % NOISE_FRAMES], noise)
+        return _times(self.stft(pulses), rest) + _times(self.stft(bursts), noise)
+
+    def _bursts(self, turns: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
+        """The amplitude of noise [B, N + beyond], of unit power, by how voiced frames are [B, T].
+
+        Between voiced and not its power is a little less, until the mel's levels are put on it.
+        """
+        voiced = self.pulses.along(voiced.to(turns.dtype))
+        voiced = F.pad(voiced.unsqueeze(1), self.stft.edges, mode="replicate")[:, 0]
+        bell = (BELL * ((2 * math.pi * turns).cos() - 1)).exp() / BELL_SIZE
+        return 1 + voiced * (bell - 1)
 
     def _consistent(self, spectrum: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
         """The phases of a spectrum [B, T, bins, 2] with magnitudes [B, T, bins]: [B, 1, N]."""
         before, direction, weights = spectrum, spectrum, self.stft.weights(magnitude.shape[1])
-        for step in range(self.steps + 1):
+        steps = min(self.steps, TRAINED_STEPS) if self.training else self.steps
+        for step in range(steps + 1):
             wav = self.stft.inverse(_with_magnitude(direction, magnitude)) * weights
-            if step < self.steps:
+            if step < steps:
                 spectrum = self.stft(wav)
                 # Beyond the new spectrum by a share of the way to it.
-                direction = torch.lerp(before, spectrum, 1 + self.momentum) if step else spectrum
+                direction = torch.lerp(before, spectrum, 1 + MOMENTUM) if step else spectrum
                 before = spectrum
         first, last = self.stft.edges
         return wav[:, None, first : wav.shape[1] - last]
 
 
 class Pulses(nn.Module):
-    """A log pitch [B, T], in float64 -> pulses [B, N + beyond] of unit power, cycles [B, T].
+    """A log pitch [B, T], in float64 -> pulses and turns [B, N + beyond], cycles [B, T].
 
-    A pulse is the sum of all harmonics below half of the sampling rate, in closed form. The pitch
-    is interpolated between the centres of frames, and goes on before the first and after the last.
+    A pulse is the sum of all harmonics below half of the sampling rate, in closed form, of unit
+    power. Turns say where a sample lies between two pulses, -0.5 to 0.5, cycles how many pulses
+    came before a frame. The pitch is interpolated between the centres of frames, and goes on before
+    the first and after the last.
     """
 
     def __init__(self, h: Config):
@@ -166,9 +189,8 @@ class Pulses(nn.Module):
 
     def forward(
         self, log_f0: torch.Tensor, origin: Origin, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        near = F.pad(log_f0.unsqueeze(1), (1, 1), mode="replicate")[:, 0].unfold(1, 3, 1)
-        f0 = (near @ self.shares).exp().flatten(1)  # [B, N]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        f0 = self.along(log_f0).exp()
         per_sample = f0 / self.sampling_rate
         cycles = per_sample.cumsum(1) - per_sample  # at the start of each sample
         cycles = cycles - cycles[:, origin.anchor * self.hop_size, None] + origin.cycles
@@ -180,8 +202,13 @@ class Pulses(nn.Module):
         ]
         f0 = F.pad(f0.unsqueeze(1), self.edges, mode="replicate")[:, 0]
         turns = torch.cat(turns, dim=1)
-        pulses = self._harmonics((turns - turns.round()).to(dtype), f0.to(dtype))
-        return pulses, cycles[:, :: self.hop_size]
+        turns = (turns - turns.round()).to(dtype)
+        return self._harmonics(turns, f0.to(dtype)), turns, cycles[:, :: self.hop_size]
+
+    def along(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T] at samples, [B, N]: linear between the centres of frames."""
+        near = F.pad(x.unsqueeze(1), (1, 1), mode="replicate")[:, 0].unfold(1, 3, 1)
+        return (near @ self.shares.to(x.dtype)).flatten(1)
 
     def _harmonics(self, turns: torch.Tensor, f0: torch.Tensor) -> torch.Tensor:
         """The sum of all harmonics at phases in [-0.5, 0.5] and pitches in Hz, both [B, N]."""

@@ -8,7 +8,7 @@ import torch
 
 from checkpoint import build_state
 from env import UserError, load_config
-from heads import HarmonicSTFT, Origin
+from heads import TRAINED_STEPS, HarmonicSTFT, Origin
 from inference import Streamer, synthesize
 from meldataset import LogMelSpectrogram
 from models import Generator
@@ -86,7 +86,7 @@ def test_pulses_are_all_harmonics_of_a_pitch_that_glides(tmp_path):
     head = make_head(tmp_path)
     log_f0 = torch.linspace(math.log(90), math.log(400), 12, dtype=torch.float64)[None]
     edge, hop = head.stft.edges[0], head.stft.hop_size
-    pulses, cycles = head.pulses(log_f0, Origin(cycles=0.3), torch.float64)
+    pulses, between, cycles = head.pulses(log_f0, Origin(cycles=0.3), torch.float64)
     centres = (np.arange(12) + 0.5) * hop
     f0 = np.exp(np.interp(np.arange(12 * hop) + 0.5, centres, log_f0[0]))
     turns = 0.3 + np.concatenate([[0], np.cumsum(f0 / 22050)[:-1]])
@@ -98,7 +98,36 @@ def test_pulses_are_all_harmonics_of_a_pitch_that_glides(tmp_path):
     assert pulses.shape == (1, (12 + head.stft.overlap) * hop)
     np.testing.assert_allclose(pulses[0, edge : edge + 12 * hop], expected, atol=2e-3)
     np.testing.assert_allclose(cycles[0], turns[::hop], atol=1e-9)
+    np.testing.assert_allclose(between[0, edge : edge + 12 * hop], turns - turns.round(), atol=1e-9)
     assert 0.9 < float(pulses.square().mean()) < 1.1  # as the noise has
+
+
+def test_noise_comes_with_the_pulses_where_a_frame_is_voiced(tmp_path):
+    """In bursts of the same power, which follow a linear path from frame to frame."""
+    head = make_head(tmp_path)
+    frames, (edge, after) = 40, head.stft.edges
+    turns = torch.linspace(0, 400, frames * 256 + edge + after, dtype=torch.float64)[None]
+    turns = turns - turns.round()
+    bursts = head._bursts(turns, torch.ones(1, frames).double())
+    assert float(bursts.square().mean()) == pytest.approx(1, abs=0.01)
+    near, far = (float(bursts[where].mean()) for where in (turns.abs() < 0.02, turns.abs() > 0.48))
+    assert near / far == pytest.approx(math.exp(4), rel=0.1)
+    assert (head._bursts(turns, torch.zeros(1, frames).double()) == 1).all()
+    voiced = torch.zeros(1, frames).double()
+    voiced[0, 20:] = 1
+    share = ((head._bursts(turns, voiced) - 1) / (bursts - 1))[0, edge : edge + frames * 256]
+    centres = (np.arange(frames) + 0.5) * 256
+    expected = np.interp(np.arange(frames * 256) + 0.5, centres, voiced[0])
+    np.testing.assert_allclose(share, expected, atol=1e-6)
+
+
+def test_one_trains_through_the_first_steps(tmp_path):
+    torch.manual_seed(0)
+    few, many = (make_head(tmp_path, consistency_steps=n) for n in (TRAINED_STEPS, 9))
+    spectrum = torch.randn(1, 20, 513, 2, dtype=torch.float64)
+    heard = few._consistent(spectrum, sizes(spectrum))
+    assert not torch.allclose(heard, many._consistent(spectrum, sizes(spectrum)), atol=1e-3)
+    torch.testing.assert_close(heard, many.train()._consistent(spectrum, sizes(spectrum)))
 
 
 def test_pulses_and_noise_mix_and_take_the_level_of_the_mel(tmp_path):
@@ -179,7 +208,7 @@ def test_a_frame_is_heard_as_far_as_the_receptive_field_says(tmp_path, steps, ch
 def test_pieces_are_the_whole_and_one_frame_speaks(tmp_path):
     """In float64: in float32 the pitch is rounded, and a long voice adds that up in its phase."""
     torch.manual_seed(3)
-    generator = Generator(toy_config(tmp_path, FRAMES)).double().eval()
+    generator = Generator(toy_config(tmp_path, FRAMES, consistency_steps=3)).double().eval()
     mel = torch.randn(80, 300) - 5
     whole = synthesize(generator, mel)
     for size in (1, 37):
