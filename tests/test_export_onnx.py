@@ -94,6 +94,13 @@ def test_pulses_and_noise_are_the_same_in_onnx_runtime(tmp_path, capsys):
     assert "receptive_field" not in {entry.key for entry in metadata}  # it is spoken whole
 
 
+def test_the_shipped_weights_of_pulses_are_exported(tmp_path):
+    (file,) = (ROOT / "pretrained/frame_v2_universal").glob("g_*")
+    output = tmp_path / "misrnet.onnx"
+    assert run_main(export_onnx, "--checkpoint_file", file, "--output", output) == 0
+    assert output.stat().st_size > 1e7
+
+
 def test_the_file_is_whole_and_says_which_mel_it_takes(exported):
     model = onnx.load(exported / "misrnet.onnx", load_external_data=False)
     assert not any(tensor.external_data for tensor in model.graph.initializer)
