@@ -19,7 +19,14 @@ LOWEST = 1000.0  # Hz, below which the noise says how voiced a frame is
 BELL = 2.0
 BELL_SIZE = math.exp(-BELL) * math.sqrt(float(torch.i0(torch.tensor(2 * BELL))))
 MOMENTUM = 0.99  # of the consistency steps
-TRAINED_STEPS = 4  # of them, through which one trains; more, and what is learnt is worse
+TRAINED_STEPS = 8  # of them, at most, while one trains
+# The refiner's picture: bins of a place, hints of the blocks for each, channels, and the dilations
+# along frequency.
+PLACE, HINTS = 4, 3
+REFINER_CHANNELS = 32
+REFINER_DILATIONS = (1, 2, 4)
+LARGE = 3.0  # a log magnitude that counts as 1
+LRELU_SLOPE = 0.1  # as in all of HiFi-GAN but its last layer
 MIN_WINDOW = 1e-3  # sum of squared windows, near the ends
 MIN_SIZE = 1e-5  # of the numbers of a spectrum, for their directions
 
@@ -73,13 +80,13 @@ class Origin(NamedTuple):
 class HarmonicSTFT(nn.Module):
     """Pulses and noise, given the mel's spectrum: [B, channels, T], mel -> [B, 1, T * hop_size].
 
-    The channels are, for each frame, a pitch, how much of each bin is noise, and a correction of
-    its magnitude. A mel says little of phases, and what is learnt of them by regression is a hum;
-    but pulses at the right pitch, and noise, have phases like speech. In a voice, noise comes in
-    bursts, one with each pulse. Their STFT is brought to the mel's levels, band by band, and
-    corrected. What comes out is no STFT of any waveform, so the inverse is followed by
-    `consistency_steps`: STFT, keep the phase, put the magnitude back, inverse STFT, with momentum.
-    One trains through the first few of them.
+    The channels are, for each frame, a pitch, how much of each bin is noise, a correction of its
+    magnitude, and hints for the refiner. A mel says little of phases, and what is learnt of them by
+    regression is a hum; but pulses at the right pitch, and noise, have phases like speech. In a
+    voice, noise comes in bursts, one with each pulse. Their STFT is brought to the mel's levels,
+    band by band, corrected, and refined. What comes out is no STFT of any waveform, so the inverse
+    is followed by `consistency_steps`: STFT, keep the phase, put the magnitude back, inverse STFT,
+    with momentum. One trains with the phases to which these lead, but not through the steps.
 
     Pitch and noise are learnt from what voice.py measures, and no other gradient reaches them: of
     two spectra with unlike phases, the noisier one is the nearer.
@@ -93,7 +100,8 @@ class HarmonicSTFT(nn.Module):
         super().__init__()
         self.stft, self.pulses, self.steps = STFT(h), Pulses(h), h.consistency_steps
         bins = h.n_fft // 2 + 1
-        self.channels = (bins, bins, PITCHES)
+        self.refiner = Refiner(bins)
+        self.channels = (bins, bins, PITCHES, HINTS * self.refiner.places)
         self.in_channels = sum(self.channels)
         self.max_log_magnitude = math.log(h.n_fft)  # which no window of [-1, 1] exceeds
         low, high = map(math.log, F0_RANGE)
@@ -114,36 +122,45 @@ class HarmonicSTFT(nn.Module):
         first = -((n_fft - 1 - edge) // hop_size) * hop_size - edge
         last = (hop_size - 1 + edge) // hop_size * hop_size - edge + n_fft - 1
         before, after = -((first - hop_size // 2) // hop_size), (last + hop_size // 2) // hop_size
-        return max(before, after) + self.steps * self.stft.overlap
+        return max(before, after) + self.refiner.reach + self.steps * self.stft.overlap
 
     def forward(
         self, x: torch.Tensor, mel: torch.Tensor, origin: Origin
     ) -> tuple[torch.Tensor, Voice]:
-        correction, noise, pitch = x.transpose(1, 2).split(self.channels, dim=2)
-        # In float64, for what rounding does to the pitch adds up in the phase.
-        log_f0 = pitch.double().softmax(2) @ self.pitches
-        if self.training:  # Of no meaning, but another for each segment, and the same again.
-            chance = mel.double().sum((1, 2), keepdim=True).square()
-            origin = Origin(chance.long().flatten(1), cycles=chance.flatten(1))
-        pulses, turns, cycles = self.pulses(log_f0.detach(), origin, x.dtype)
-        voice = Voice(log_f0, noise.sigmoid(), cycles)
-        spectrum = self._mix(pulses, turns, voice.noise.detach(), origin)
-        size = _size(spectrum)
-        level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
-        lift = (mel.to(x.dtype).transpose(1, 2) - level) @ self.spread
-        magnitude = (size.log() + lift + correction).clamp(max=self.max_log_magnitude).exp()
-        return self._consistent(spectrum, magnitude), voice
+        with _in_full_precision(x):
+            correction, noise, pitch, hints = x.transpose(1, 2).split(self.channels, dim=2)
+            # In float64, for what rounding does to the pitch adds up in the phase.
+            log_f0 = pitch.double().softmax(2) @ self.pitches
+            if self.training:
+                origin = _by_chance(mel)
+            pulses, turns, cycles = self.pulses(log_f0.detach(), origin, x.dtype)
+            voice = Voice(log_f0, noise.sigmoid(), cycles)
+            share = voice.noise.detach()
+            pulses, noise = self._spectra(pulses, turns, share, origin)
+            spectrum = _times(pulses, (1 - share.square()).sqrt()) + _times(noise, share)
+            size = _size(spectrum)
+            level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
+            mel = mel.to(x.dtype).transpose(1, 2)
+            lift = (mel - level) @ self.spread
+            log_magnitude = size.log() + lift + correction
+            sizes = log_magnitude.detach(), _size(pulses).log(), _size(noise).log()
+            logs = torch.stack((*sizes, lift, mel @ self.spread), dim=3)
+            views = torch.cat([logs / LARGE, share.unsqueeze(3)], dim=3)
+        refinement = self.refiner(views, hints)
+        with _in_full_precision(x):
+            log_magnitude = log_magnitude + refinement.to(x.dtype)
+            magnitude = log_magnitude.clamp(max=self.max_log_magnitude).exp()
+            return self._consistent(spectrum, magnitude), voice
 
-    def _mix(
+    def _spectra(
         self, pulses: torch.Tensor, turns: torch.Tensor, noise: torch.Tensor, origin: Origin
-    ) -> torch.Tensor:
-        """Pulses and turns [B, N + beyond], and noise by its share [B, T, bins]: a spectrum."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of pulses [B, N + beyond], and of noise with its bursts, by its share [B, T, bins]."""
         samples = torch.arange(pulses.shape[1], device=noise.device) - self.stft.edges[0]
         samples = samples + origin.frame * self.stft.hop_size
         voiced = 1 - noise[:, :, : self.lowest_bins].mean(2)
         bursts = self.noise[samples % len(self.noise)] * self._bursts(turns, voiced)
-        rest = (1 - noise.square()).sqrt()
-        return _times(self.stft(pulses), rest) + _times(self.stft(bursts), noise)
+        return self.stft(pulses), self.stft(bursts)
 
     def _bursts(self, turns: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
         """The amplitude of noise [B, N + beyond], of unit power, by how voiced frames are [B, T].
@@ -157,17 +174,57 @@ class HarmonicSTFT(nn.Module):
 
     def _consistent(self, spectrum: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
         """The phases of a spectrum [B, T, bins, 2] with magnitudes [B, T, bins]: [B, 1, N]."""
-        before, direction, weights = spectrum, spectrum, self.stft.weights(magnitude.shape[1])
-        steps = min(self.steps, TRAINED_STEPS) if self.training else self.steps
-        for step in range(steps + 1):
-            wav = self.stft.inverse(_with_magnitude(direction, magnitude)) * weights
-            if step < steps:
+        weights = self.stft.weights(magnitude.shape[1])
+        before, direction, given = spectrum, spectrum, magnitude.detach()
+        with torch.set_grad_enabled(False):
+            for step in range(min(self.steps, TRAINED_STEPS) if self.training else self.steps):
+                wav = self.stft.inverse(_with_magnitude(direction, given)) * weights
                 spectrum = self.stft(wav)
                 # Beyond the new spectrum by a share of the way to it.
                 direction = torch.lerp(before, spectrum, 1 + MOMENTUM) if step else spectrum
                 before = spectrum
+        wav = self.stft.inverse(_with_magnitude(direction, magnitude)) * weights
         first, last = self.stft.edges
         return wav[:, None, first : wav.shape[1] - last]
+
+
+class Refiner(nn.Module):
+    """Spectra seen as a picture, and hints for its places -> what to add to log magnitudes.
+
+    views [B, T, bins, VIEWS], hints [B, T, HINTS * places] -> [B, T, bins].
+
+    Residual units of convolutions over time and frequency, as in ResBlock1; a place is PLACE bins.
+    What the blocks know of many bins, the few bands of a mel say; here harmonics are seen, and what
+    lies between them.
+    """
+
+    VIEWS = 6  # the magnitude so far, of pulses, of noise; its lift; the mel; the share of noise
+
+    def __init__(self, bins: int):
+        super().__init__()
+        C, self.bins, self.places = REFINER_CHANNELS, bins, math.ceil(bins / PLACE)
+        self.conv_pre = _conv2d(self.VIEWS * PLACE + HINTS, C)
+        self.convs1 = nn.ModuleList(_conv2d(C, C, dilation) for dilation in REFINER_DILATIONS)
+        self.convs2 = nn.ModuleList(_conv2d(C, C) for _ in REFINER_DILATIONS)
+        self.linear_post = nn.Linear(C, PLACE)
+        nn.init.normal_(self.linear_post.weight, std=0.01)  # it starts by adding next to nothing
+        nn.init.zeros_(self.linear_post.bias)
+
+    @property
+    def reach(self) -> int:
+        """How many frames before, and after, a frame is refined by."""
+        return 1 + 2 * len(REFINER_DILATIONS)
+
+    def forward(self, views: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
+        views = F.pad(views, (0, 0, 0, -self.bins % PLACE))
+        views = views.unflatten(2, (self.places, PLACE)).flatten(3)
+        x = torch.cat([views, hints.unflatten(2, (self.places, HINTS))], dim=3)
+        x = self.conv_pre(x.to(self.linear_post.bias.dtype).permute(0, 3, 1, 2))
+        for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
+            hidden = conv1(F.leaky_relu(x, LRELU_SLOPE))
+            x = conv2(F.leaky_relu_(hidden, LRELU_SLOPE)).add_(x)  # in place: no new memory
+        x = F.leaky_relu(x, LRELU_SLOPE).permute(0, 2, 3, 1)
+        return self.linear_post(x).flatten(2)[:, :, : self.bins]
 
 
 class Pulses(nn.Module):
@@ -277,6 +334,25 @@ def _edges(h: Config) -> tuple[int, int]:
     """How many samples the windows of T frames need before T * hop_size samples, and after."""
     before, hops = (h.n_fft - h.hop_size) // 2, math.ceil(h.n_fft / h.hop_size)
     return before, (hops - 1) * h.hop_size - before
+
+
+def _conv2d(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Conv2d:
+    """A convolution over time and, dilated, frequency, that keeps the sizes."""
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size=3, padding=(1, dilation), dilation=(1, dilation)
+    )
+
+
+def _by_chance(mel: torch.Tensor) -> Origin:
+    """Of no meaning, but another for each of [B, num_mels, T], and the same again."""
+    rows = torch.arange(len(mel), device=mel.device)[:, None]
+    chance = mel.double().sum((1, 2)).square()[:, None] + 1000 * math.pi * rows
+    return Origin(chance.long(), cycles=chance)
+
+
+def _in_full_precision(x: torch.Tensor) -> torch.autocast:
+    """Where nothing that follows from x is computed in bfloat16."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _keep(module: nn.Module, name: str, constant: torch.Tensor) -> None:

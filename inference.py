@@ -29,7 +29,7 @@ from tqdm import tqdm
 from audio import AUDIO_EXTENSIONS, load_wav, write_wav, writing_wav
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
-from heads import InverseSTFT, Origin
+from heads import HarmonicSTFT, InverseSTFT, Origin
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, mel_of_stretch
 from models import Generator
 from utils import (
@@ -122,7 +122,10 @@ def prepare(generator: Generator, device: torch.device, precision: str) -> Gener
     """`generator` ready to speak: without weight norm, "fp32" or "bf16", on `device`."""
     generator.remove_weight_norm()
     if precision == "bf16":
-        for part in (generator.conv_pre, generator.ups, generator.resblocks):
+        parts = [generator.conv_pre, generator.ups, generator.resblocks]
+        if isinstance(generator.istft, HarmonicSTFT):
+            parts.append(generator.istft.refiner)
+        for part in parts:
             part.bfloat16()
     return generator.eval().requires_grad_(False).to(device)
 

@@ -25,6 +25,7 @@ from utils import Tally, command_line, command_parser, find_file, plan_outputs
 MAX_AMPLITUDE = 0.95  # of each training clip's peak, as in HiFi-GAN
 MIN_POWER = 1e-9  # keeps the gradient of the square root finite
 MIN_MAGNITUDE = 1e-5
+REPULSION = 0.5  # of two draws; 1 makes more noise than one likes to hear
 SILENT_LOG_MEL = float(np.log(MIN_MAGNITUDE))
 
 # Acoustic models count frames in their own ways: Tacotron 2 has one more than there are hops.
@@ -96,7 +97,11 @@ class MelLoss(nn.Module):
     quarter of one apart. Long windows resolve the harmonics of a voice, so that a generator learns
     its pitch without adversaries too; with the one mel alone it hums at the rate of the frames.
 
-    Source: Yamamoto et al., "Parallel WaveGAN", section 2.2, for several resolutions.
+    Two draws of a generator to which chance belongs have an energy distance: without it, such a
+    generator learns the middle of what may be, for which no noise is the best noise.
+
+    Source: Yamamoto et al., "Parallel WaveGAN", section 2.2, for several resolutions; Gritsenko et
+    al., "A Spectral Energy Distance for Parallel Speech Synthesis", NeurIPS 2020.
     """
 
     def __init__(self, h: Config):
@@ -113,9 +118,25 @@ class MelLoss(nn.Module):
 
     def forward(self, wav_hat: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            mels = [log_mel(wav) for log_mel in self.log_mels]
-        pairs = zip(self.log_mels, mels, strict=True)
-        return sum(F.l1_loss(log_mel(wav_hat), mel) for log_mel, mel in pairs) / len(mels)
+            mels = self._mels(wav)
+        return _mean_distance(self._mels(wav_hat), mels)
+
+    def energy_distance(self, draws: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
+        """Two draws [2, B, N] of what may sound as wav [B, N] does -> scalar.
+
+        The mean distance of a draw to wav, less REPULSION times half of that between the draws.
+        With a REPULSION of 1, draws would come to differ from each other as from recordings.
+        """
+        first, second, real = (self._mels(x) for x in (*draws, wav))
+        to_real = _mean_distance(first, real) + _mean_distance(second, real)
+        return (to_real - REPULSION * _mean_distance(first, second)) / 2
+
+    def _mels(self, wav: torch.Tensor) -> list[torch.Tensor]:
+        return [log_mel(wav) for log_mel in self.log_mels]
+
+
+def _mean_distance(mels: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
+    return sum(map(F.l1_loss, mels, others)) / len(mels)
 
 
 def mel_of_stretch(

@@ -20,10 +20,9 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from env import Config
 from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, reshape, scale_conv
-from heads import HarmonicSTFT, InverseSTFT, Origin
+from heads import LRELU_SLOPE, HarmonicSTFT, InverseSTFT, Origin
 from voice import Voice
 
-LRELU_SLOPE = 0.1
 POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, its weights need it
 
 # MISR's start, found by measurement: the standard deviation of the shared block's weights, and that
@@ -199,10 +198,10 @@ class Generator(nn.Module):
         for up, blocks in self.stages():
             x = fuse(blocks, up(F.leaky_relu(x, LRELU_SLOPE)))
         x, voice = self.last(x), None
-        with torch.autocast(x.device.type, enabled=False):  # as in `last`
-            if isinstance(self.istft, HarmonicSTFT):
-                wav, voice = self.istft(x, mel, origin or Origin())
-            else:
+        if isinstance(self.istft, HarmonicSTFT):
+            wav, voice = self.istft(x, mel, origin or Origin())
+        else:
+            with torch.autocast(x.device.type, enabled=False):  # as in `last`
                 wav = torch.tanh(x) if self.istft is None else self.istft(x)
         return wav if origin is None else (wav, voice)
 

@@ -33,12 +33,14 @@ SHORT = {
     "disc_loss_total": "D",
     "mel_spec_error": "mel",
     "gen_loss_mel": "mel loss",
+    "gen_loss_energy": "energy distance",
 }
 LONG = {
     "gen_loss_total": "Gen Loss Total",
     "disc_loss_total": "Disc Loss Total",
     "mel_spec_error": "Mel-Spec. Error",
     "gen_loss_mel": "Mel Loss",
+    "gen_loss_energy": "Energy Distance",
 }
 
 METRICS_PATIENCE = 120  # seconds that the end of a run waits for its last metrics

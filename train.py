@@ -38,9 +38,11 @@ def training_step(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
         wav: [B, 1, T * hop_size], from which the mel was taken.
     """
     adversarial = state.steps >= state.h.adversarial_from
+    if state.h.uses_frames:  # two draws of each, for an energy distance
+        mel = mel.repeat(2, 1, 1)
     with state.autocast():
         wav_hat, voice = state.ddp_generator(mel, Origin())
-    losses = discriminator_step(state, wav, wav_hat) if adversarial else {}
+    losses = discriminator_step(state, wav, wav_hat[: len(wav)]) if adversarial else {}
     return losses | generator_step(state, wav, wav_hat, voice, adversarial)
 
 
@@ -63,13 +65,20 @@ def generator_step(
     voice: Voice | None = None,
     adversarial: bool = True,
 ) -> Losses:
-    """Updates the generator, from which wav_hat [B, 1, N] came, and the voice that it heard."""
-    h = state.h
-    mel = state.mel_loss(wav_hat.squeeze(1), wav.squeeze(1))
-    loss, losses = h.lambda_mel * mel, {state.mel_loss.name: mel}
-    if voice is not None:
-        losses["gen_loss_voice"] = state.voice_loss(voice, wav.squeeze(1))
-        loss = loss + LAMBDA_VOICE * losses["gen_loss_voice"]
+    """Updates the generator, from which wav_hat [B, 1, N] came.
+
+    Where it heard a voice, wav_hat and the voice are two draws of each, [2 * B, ...].
+    """
+    h, B = state.h, len(wav)
+    if voice is None:
+        mel = state.mel_loss(wav_hat.squeeze(1), wav.squeeze(1))
+        loss, losses = h.lambda_mel * mel, {state.mel_loss.name: mel}
+    else:
+        draws, wav_hat = wav_hat.view(2, B, -1), wav_hat[:B]
+        mel = state.mel_loss.energy_distance(draws, wav.squeeze(1))
+        heard = state.voice_loss(Voice(*(x[:B] for x in voice)), wav.squeeze(1))
+        loss = h.lambda_mel * mel + LAMBDA_VOICE * heard
+        losses = {"gen_loss_energy": mel, "gen_loss_voice": heard}
     if adversarial:
         deceit, feature = adversarial_losses(state, wav, wav_hat)
         loss = loss + deceit + h.lambda_feature * feature

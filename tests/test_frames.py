@@ -8,9 +8,9 @@ import torch
 
 from checkpoint import build_state
 from env import UserError, load_config
-from heads import TRAINED_STEPS, HarmonicSTFT, Origin
+from heads import HINTS, HarmonicSTFT, Origin, Refiner
 from inference import Streamer, synthesize
-from meldataset import LogMelSpectrogram
+from meldataset import REPULSION, LogMelSpectrogram, MelLoss
 from models import Generator
 from tools.toy import speech_like, toy_config, write_config
 from train import LAMBDA_VOICE, training_step
@@ -121,19 +121,44 @@ def test_noise_comes_with_the_pulses_where_a_frame_is_voiced(tmp_path):
     np.testing.assert_allclose(share, expected, atol=1e-6)
 
 
-def test_one_trains_through_the_first_steps(tmp_path):
+def test_in_training_phases_are_given(tmp_path):
+    """A magnitude is heard in its own window, though the steps change phases farther away."""
     torch.manual_seed(0)
-    few, many = (make_head(tmp_path, consistency_steps=n) for n in (TRAINED_STEPS, 9))
-    spectrum = torch.randn(1, 20, 513, 2, dtype=torch.float64)
-    heard = few._consistent(spectrum, sizes(spectrum))
-    assert not torch.allclose(heard, many._consistent(spectrum, sizes(spectrum)), atol=1e-3)
-    torch.testing.assert_close(heard, many.train()._consistent(spectrum, sizes(spectrum)))
+    head, frames = make_head(tmp_path, consistency_steps=6).train(), 40
+    spectrum = torch.randn(1, frames, 513, 2, dtype=torch.float64)
+    magnitude = sizes(spectrum).requires_grad_()
+    wav = head._consistent(spectrum, magnitude)
+    other = magnitude.detach().clone()
+    other[:, 20] *= 2
+    changed = ((head._consistent(spectrum, other) - wav)[0, 0].abs() > 1e-9).nonzero() // 256
+    assert (int(changed.min()), int(changed.max())) < (17 - 6, 23)
+    wav[0, 0, 20 * 256 : 21 * 256].square().sum().backward()
+    heard = magnitude.grad.abs().sum((0, 2)).nonzero()
+    assert (int(heard.min()), int(heard.max())) == (18, 22)
+
+
+def test_a_refiner_adds_little_at_first_and_sees_frames_as_far_as_it_says(tmp_path):
+    torch.manual_seed(0)
+    refiner = Refiner(513).double().requires_grad_(False)
+    views = torch.randn(1, 41, 513, Refiner.VIEWS, dtype=torch.float64)
+    hints = torch.randn(1, 41, HINTS * 129, dtype=torch.float64)
+    assert 0 < float(refiner(views, hints).std()) < 0.05
+    other_views, other_hints = views.clone(), hints.clone()
+    other_views[:, 20, 4 * 64] += 1
+    other_hints[:, 20, HINTS * 64] += 1
+    for other in (refiner(other_views, hints), refiner(views, other_hints)):
+        changed = (refiner(views, hints) != other).nonzero()
+        first, last = changed.amin(0), changed.amax(0)
+        assert (int(first[1]), int(last[1])) == (20 - refiner.reach, 20 + refiner.reach)
+        # 1 + 1, 2, 4 + 3 places of four bins to either side
+        assert (int(first[2]), int(last[2])) == (4 * (64 - 11), 4 * (64 + 11) + 3)
 
 
 def test_pulses_and_noise_mix_and_take_the_level_of_the_mel(tmp_path):
     """Whatever the noise, a mel is heard again; pulses at a wrong pitch leave some bands empty."""
     h = toy_config(tmp_path, FRAMES, consistency_steps=0)
-    head = HarmonicSTFT(h).eval()
+    head = HarmonicSTFT(h).eval().requires_grad_(False)
+    torch.nn.init.zeros_(head.refiner.linear_post.weight)
     mel = LogMelSpectrogram(h, h.fmax)(torch.from_numpy(speech_like(1.0)).float()[None])
     bins, errors = 513, []
     for noisy in (-9.0, 0.0, 9.0):
@@ -154,14 +179,14 @@ def test_only_the_voice_loss_teaches_pitch_and_noise(tmp_path):
     mel = LogMelSpectrogram(h, h.fmax)(wav)
     wav_hat, voice = generator(mel, Origin())
 
-    def gradients(loss: torch.Tensor) -> tuple[float, float, float]:
+    def gradients(loss: torch.Tensor) -> tuple[float, ...]:
         (gradient,) = torch.autograd.grad(loss, generator.conv_post.bias, retain_graph=True)
         return tuple(float(part.abs().max()) for part in gradient.split(generator.istft.channels))
 
-    correction, noise, pitch = gradients(wav_hat.square().mean())
-    assert correction > 0 and noise == pitch == 0
-    correction, noise, pitch = gradients(VoiceLoss(h)(voice, wav))
-    assert correction == 0 and noise > 0 and pitch > 0
+    correction, noise, pitch, hints = gradients(wav_hat.square().mean())
+    assert correction > 0 and hints > 0 and noise == pitch == 0
+    correction, noise, pitch, hints = gradients(VoiceLoss(h)(voice, wav))
+    assert correction == hints == 0 and noise > 0 and pitch > 0
 
 
 def test_each_segment_learns_with_another_noise_and_the_same_again(tmp_path):
@@ -186,11 +211,12 @@ def test_a_frame_is_heard_as_far_as_the_receptive_field_says(tmp_path, steps, ch
     torch.manual_seed(0)
     h = toy_config(tmp_path, FRAMES, consistency_steps=steps, **changes)
     generator = Generator(h).double().eval()
-    for conv in generator.resblocks.modules():
-        if isinstance(conv, torch.nn.Conv1d):  # heard as far as they reach
-            conv.weight = torch.randn_like(conv.weight) / conv.weight[0].numel() ** 0.5
+    generator.remove_weight_norm()
+    for weight in generator.parameters():  # heard as far as they reach
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
     before, after = generator.receptive_field
-    assert (before, after) == (3 + 2 * 24 + reach,) * 2
+    assert (before, after) == (3 + 2 * 24 + 7 + reach,) * 2
     frame = before + 1
     mel = torch.randn(1, 80, 2 * frame + 1) - 5
     other = mel.clone()
@@ -202,18 +228,18 @@ def test_a_frame_is_heard_as_far_as_the_receptive_field_says(tmp_path, steps, ch
         if anchor == 0:
             assert frame - first == after
         else:
-            assert 3 + 2 * 24 < last - frame <= before
+            assert 3 + 2 * 24 + 7 <= last - frame <= before
 
 
 def test_pieces_are_the_whole_and_one_frame_speaks(tmp_path):
     """In float64: in float32 the pitch is rounded, and a long voice adds that up in its phase."""
     torch.manual_seed(3)
     generator = Generator(toy_config(tmp_path, FRAMES, consistency_steps=4)).double().eval()
-    mel = torch.randn(80, 300) - 5
+    mel = torch.randn(80, 200) - 5
     whole = synthesize(generator, mel)
-    for size in (1, 37):
+    for size in (9, 37):
         streamer = Streamer(generator)
-        pieces = [streamer.feed(mel[:, i : i + size]) for i in range(0, 300, size)]
+        pieces = [streamer.feed(mel[:, i : i + size]) for i in range(0, 200, size)]
         difference = torch.cat([*pieces, streamer.flush()]) - whole
         assert float(difference.abs().max() / whole.abs().max()) < 1e-6
     assert synthesize(generator, mel[:, :1]).shape == (256,)
@@ -234,18 +260,39 @@ def test_configs_that_make_no_sense_are_refused(tmp_path, changes, message):
 
 def test_every_weight_learns(tmp_path):
     h = toy_config(tmp_path, FRAMES)
+    torch.manual_seed(0)
     generator, wav = Generator(h), torch.from_numpy(speech_like(0.3)).float()[None, :5120]
     wav_hat, voice = generator(LogMelSpectrogram(h, h.fmax)(wav), Origin())
     (wav_hat.square().sum() + VoiceLoss(h)(voice, wav)).backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in generator.parameters())
 
 
-def test_a_training_step_adds_the_loss_of_the_voice(tmp_path):
-    h = toy_config(tmp_path, FRAMES, batch_size=1)
+def test_an_energy_distance_wants_draws_that_differ_as_recordings_do(tmp_path):
+    """Of noise, another noise each time; to the mean error the same one would be as good."""
+    torch.manual_seed(0)
+    loss = MelLoss(toy_config(tmp_path, FRAMES))
+    wav, first, second = (torch.randn(4, 16384) for _ in range(3))
+    errors = [loss(first, wav), loss(second, wav), loss(first, second)]
+    assert max(errors) < 1.05 * min(errors)
+    differ = loss.energy_distance(torch.stack([first, second]), wav)
+    expected = errors[0] + errors[1] - REPULSION * errors[2]
+    torch.testing.assert_close(differ, expected / 2)
+    assert loss.energy_distance(torch.stack([first, first]), wav) > 1.3 * differ
+
+
+@pytest.mark.parametrize("adversarial_from", [0, 9])
+def test_a_training_step_is_of_two_draws(tmp_path, adversarial_from):
+    h = toy_config(tmp_path, FRAMES, batch_size=2, adversarial_from=adversarial_from)
     state = build_state(h, torch.device("cpu"))
-    wav = torch.from_numpy(speech_like(h.segment_size / h.sampling_rate)).float()[None, None]
-    losses = training_step(state, LogMelSpectrogram(h, h.fmax)(wav[0]), wav)
-    assert losses.keys() == {"gen_loss_total", "gen_loss_mel", "gen_loss_voice"}
-    expected = h.lambda_mel * losses["gen_loss_mel"] + LAMBDA_VOICE * losses["gen_loss_voice"]
-    torch.testing.assert_close(losses["gen_loss_total"], expected)
+    wav = torch.from_numpy(speech_like(2 * h.segment_size / h.sampling_rate)).float()
+    wav = wav[: 2 * h.segment_size].view(2, 1, -1)
+    mel = LogMelSpectrogram(h, h.fmax)(wav[:, 0])
+    draws, _ = state.generator(mel.repeat(2, 1, 1), Origin())
+    expected = state.mel_loss.energy_distance(draws.view(2, 2, -1), wav[:, 0])
+    losses = training_step(state, mel, wav)
+    torch.testing.assert_close(losses["gen_loss_energy"], expected.detach())
+    total = h.lambda_mel * losses["gen_loss_energy"] + LAMBDA_VOICE * losses["gen_loss_voice"]
+    if adversarial_from == 0:
+        total = total + losses["gen_loss_adversarial"] + 2 * losses["gen_loss_feature"]
+    torch.testing.assert_close(losses["gen_loss_total"], total)
     assert losses["gen_loss_voice"] > 0
