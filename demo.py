@@ -35,8 +35,8 @@ from utils import command_line, command_parser, positive, say
 HERE = Path(__file__).parent
 PRETRAINED = HERE / "pretrained/frame_v2_universal/g_00043493"
 CONFIG = HERE / "configs/frame_v2.json"
-CHANGES = {"lr_decay": 0.99}  # each epoch is three updates
-PARAMETERS = "0.9 million"
+CHANGES = {"batch_size": 8, "lr_decay": 0.99}  # each epoch is seven updates
+PARAMETERS = "a million"
 CHECKPOINT_INTERVAL = 100  # steps
 VOICE = "en+f3"
 HELD_OUT = 4  # sentences, the last of SENTENCES

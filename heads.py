@@ -20,6 +20,7 @@ BELL = 2.0
 BELL_SIZE = math.exp(-BELL) * math.sqrt(float(torch.i0(torch.tensor(2 * BELL))))
 MOMENTUM = 0.99  # of the consistency steps
 TRAINED_STEPS = 8  # of them, at most, while one trains
+SOFTNESS = 0.08  # the share of the power asked for in the power that a direction is divided by
 # The refiner's picture: bins of a place, hints of the blocks for each, channels, and the dilations
 # along frequency.
 PLACE, HINTS = 4, 3
@@ -92,8 +93,7 @@ class HarmonicSTFT(nn.Module):
     two spectra with unlike phases, the noisier one is the nearer.
 
     Source: McAulay and Quatieri 1986, Griffin and Lim 1988 (multiband excitation) for pulses and
-    noise; Stylianou 2001 for noise in bursts; Griffin-Lim with momentum (Perraudin et al. 2013),
-    unrolled as in Masuyama et al., "Deep Griffin-Lim iteration", 2019.
+    noise; Stylianou 2001 for noise in bursts; Perraudin et al. 2013 for steps with momentum.
     """
 
     def __init__(self, h: Config):
@@ -129,23 +129,10 @@ class HarmonicSTFT(nn.Module):
     ) -> tuple[torch.Tensor, Voice]:
         with _in_full_precision(x):
             correction, noise, pitch, hints = x.transpose(1, 2).split(self.channels, dim=2)
-            # In float64, for what rounding does to the pitch adds up in the phase.
-            log_f0 = pitch.double().softmax(2) @ self.pitches
-            if self.training:
-                origin = _by_chance(mel)
-            pulses, turns, cycles = self.pulses(log_f0.detach(), origin, x.dtype)
-            voice = Voice(log_f0, noise.sigmoid(), cycles)
-            share = voice.noise.detach()
-            pulses, noise = self._spectra(pulses, turns, share, origin)
-            spectrum = _times(pulses, (1 - share.square()).sqrt()) + _times(noise, share)
-            size = _size(spectrum)
-            level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
+            origin = _by_chance(mel) if self.training else origin
+            pulses, noise, voice = self._spectra(noise, pitch, origin)
             mel = mel.to(x.dtype).transpose(1, 2)
-            lift = (mel - level) @ self.spread
-            log_magnitude = size.log() + lift + correction
-            sizes = log_magnitude.detach(), _size(pulses).log(), _size(noise).log()
-            logs = torch.stack((*sizes, lift, mel @ self.spread), dim=3)
-            views = torch.cat([logs / LARGE, share.unsqueeze(3)], dim=3)
+            spectrum, log_magnitude, views = self._mix(pulses, noise, voice, mel, correction)
         refinement = self.refiner(views, hints)
         with _in_full_precision(x):
             log_magnitude = log_magnitude + refinement.to(x.dtype)
@@ -153,14 +140,44 @@ class HarmonicSTFT(nn.Module):
             return self._consistent(spectrum, magnitude), voice
 
     def _spectra(
-        self, pulses: torch.Tensor, turns: torch.Tensor, noise: torch.Tensor, origin: Origin
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of pulses [B, N + beyond], and of noise with its bursts, by its share [B, T, bins]."""
+        self, noise: torch.Tensor, pitch: torch.Tensor, origin: Origin
+    ) -> tuple[torch.Tensor, torch.Tensor, Voice]:
+        """The STFTs [B, T, bins, 2] of pulses and of noise, of unit power, and the voice of both.
+
+        Of the channels for both, [B, T, bins] and [B, T, PITCHES].
+        """
+        # In float64, for what rounding does to the pitch adds up in the phase.
+        log_f0 = pitch.double().softmax(2) @ self.pitches
+        pulses, turns, cycles = self.pulses(log_f0.detach(), origin, pitch.dtype)
+        voice = Voice(log_f0, noise.sigmoid(), cycles)
         samples = torch.arange(pulses.shape[1], device=noise.device) - self.stft.edges[0]
         samples = samples + origin.frame * self.stft.hop_size
-        voiced = 1 - noise[:, :, : self.lowest_bins].mean(2)
+        voiced = 1 - voice.noise.detach()[:, :, : self.lowest_bins].mean(2)
         bursts = self.noise[samples % len(self.noise)] * self._bursts(turns, voiced)
-        return self.stft(pulses), self.stft(bursts)
+        return self.stft(pulses), self.stft(bursts), voice
+
+    def _mix(
+        self,
+        pulses: torch.Tensor,
+        noise: torch.Tensor,
+        voice: Voice,
+        mel: torch.Tensor,
+        correction: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pulses and noise by the voice's share of noise: a spectrum [B, T, bins, 2].
+
+        Also log magnitudes for it, [B, T, bins], at the levels of the mel [B, T, num_mels] and
+        corrected, and what the refiner views, [B, T, bins, VIEWS].
+        """
+        share = voice.noise.detach()
+        spectrum = _times(pulses, (1 - share.square()).sqrt()) + _times(noise, share)
+        size = _size(spectrum)
+        level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
+        lift = (mel - level) @ self.spread
+        log_magnitude = size.log() + lift + correction
+        sizes = log_magnitude.detach(), _size(pulses).log(), _size(noise).log()
+        logs = torch.stack((*sizes, lift, mel @ self.spread), dim=3)
+        return spectrum, log_magnitude, torch.cat([logs / LARGE, share.unsqueeze(3)], dim=3)
 
     def _bursts(self, turns: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
         """The amplitude of noise [B, N + beyond], of unit power, by how voiced frames are [B, T].
@@ -175,15 +192,18 @@ class HarmonicSTFT(nn.Module):
     def _consistent(self, spectrum: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
         """The phases of a spectrum [B, T, bins, 2] with magnitudes [B, T, bins]: [B, 1, N]."""
         weights = self.stft.weights(magnitude.shape[1])
-        before, direction, given = spectrum, spectrum, magnitude.detach()
-        with torch.set_grad_enabled(False):
+        given = magnitude.detach()
+        direction = before = _times(spectrum, given / _size(spectrum))
+        with torch.no_grad():
+            softness = _softness(given)
             for step in range(min(self.steps, TRAINED_STEPS) if self.training else self.steps):
-                wav = self.stft.inverse(_with_magnitude(direction, given)) * weights
+                wav = self.stft.inverse(_with_magnitude(direction, given, softness)) * weights
                 spectrum = self.stft(wav)
                 # Beyond the new spectrum by a share of the way to it.
                 direction = torch.lerp(before, spectrum, 1 + MOMENTUM) if step else spectrum
                 before = spectrum
-        wav = self.stft.inverse(_with_magnitude(direction, magnitude)) * weights
+        spectrum = _with_magnitude(direction, magnitude, _softness(magnitude))
+        wav = self.stft.inverse(spectrum) * weights
         first, last = self.stft.edges
         return wav[:, None, first : wav.shape[1] - last]
 
@@ -360,9 +380,20 @@ def _keep(module: nn.Module, name: str, constant: torch.Tensor) -> None:
     module.register_buffer(name, constant, persistent=False)
 
 
-def _with_magnitude(x: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+def _with_magnitude(
+    x: torch.Tensor, magnitude: torch.Tensor, softness: torch.Tensor
+) -> torch.Tensor:
     """Complex numbers [..., 2] of the directions of x [..., 2] and of a magnitude [...]."""
-    return _times(x, magnitude / _size(x))
+    squares = torch.add(softness, _squares(x), alpha=1 - SOFTNESS)
+    return _times(x, magnitude * squares.rsqrt())
+
+
+def _softness(magnitude: torch.Tensor) -> torch.Tensor:
+    """What keeps numbers that are small beside a magnitude [...] from being given all of it.
+
+    The direction of what nearly cancels is chance, and rounding would turn it.
+    """
+    return SOFTNESS * magnitude.square() + MIN_SIZE**2
 
 
 def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -374,8 +405,13 @@ def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _size(x: torch.Tensor) -> torch.Tensor:
     """The size [...] of complex numbers [..., 2], MIN_SIZE at least."""
+    return _squares(x).clamp(min=MIN_SIZE**2).sqrt()
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """The squared size [...] of complex numbers [..., 2]."""
     squares = x.square().flatten(-2)  # a sum over the last axis would be several times as slow
-    return (squares[..., ::2] + squares[..., 1::2]).clamp(min=MIN_SIZE**2).sqrt()
+    return squares[..., ::2] + squares[..., 1::2]
 
 
 def _spread(filterbank: torch.Tensor) -> torch.Tensor:

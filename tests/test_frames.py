@@ -8,7 +8,7 @@ import torch
 
 from checkpoint import build_state
 from env import UserError, load_config
-from heads import HINTS, HarmonicSTFT, Origin, Refiner
+from heads import HINTS, HarmonicSTFT, Origin, Refiner, _softness, _with_magnitude
 from inference import Streamer, synthesize
 from meldataset import REPULSION, LogMelSpectrogram, MelLoss
 from models import Generator
@@ -119,6 +119,15 @@ def test_noise_comes_with_the_pulses_where_a_frame_is_voiced(tmp_path):
     centres = (np.arange(frames) + 0.5) * 256
     expected = np.interp(np.arange(frames * 256) + 0.5, centres, voiced[0])
     np.testing.assert_allclose(share, expected, atol=1e-6)
+
+
+def test_what_nearly_cancels_is_given_no_direction_of_its_own():
+    magnitude = torch.full((5,), 2.0)
+    x = torch.tensor([[-2.0, 0.0], [0.0, 40.0], [0.2, 0.0], [2e-4, 0.0], [0.0, 0.0]])
+    expected = [2.0, 2.085, 0.67, 7.07e-4, 0.0]
+    made = torch.view_as_complex(_with_magnitude(x, magnitude, _softness(magnitude)))
+    torch.testing.assert_close(made.abs(), torch.tensor(expected), rtol=0.01, atol=0)
+    assert made[0].real < 0 and made[1].imag > 0
 
 
 def test_in_training_phases_are_given(tmp_path):
