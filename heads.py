@@ -192,18 +192,16 @@ class HarmonicSTFT(nn.Module):
     def _consistent(self, spectrum: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
         """The phases of a spectrum [B, T, bins, 2] with magnitudes [B, T, bins]: [B, 1, N]."""
         weights = self.stft.weights(magnitude.shape[1])
-        given = magnitude.detach()
-        direction = before = _times(spectrum, given / _size(spectrum))
+        softness = _softness(magnitude)
         with torch.no_grad():
-            softness = _softness(given)
+            direction = before = _times(spectrum, magnitude / _size(spectrum))
             for step in range(min(self.steps, TRAINED_STEPS) if self.training else self.steps):
-                wav = self.stft.inverse(_with_magnitude(direction, given, softness)) * weights
+                wav = self.stft.inverse(_with_magnitude(direction, magnitude, softness)) * weights
                 spectrum = self.stft(wav)
                 # Beyond the new spectrum by a share of the way to it.
                 direction = torch.lerp(before, spectrum, 1 + MOMENTUM) if step else spectrum
                 before = spectrum
-        spectrum = _with_magnitude(direction, magnitude, _softness(magnitude))
-        wav = self.stft.inverse(spectrum) * weights
+        wav = self.stft.inverse(_with_magnitude(direction, magnitude, softness)) * weights
         first, last = self.stft.edges
         return wav[:, None, first : wav.shape[1] - last]
 

@@ -1,5 +1,6 @@
 """The generator at the mel's own rate: its pulses, noise and STFTs, its streams, its configs."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 from checkpoint import build_state
 from env import UserError, load_config
 from heads import HINTS, HarmonicSTFT, Origin, Refiner, _softness, _with_magnitude
-from inference import Streamer, synthesize
+from inference import Streamer, prepare, synthesize
 from meldataset import REPULSION, LogMelSpectrogram, MelLoss
-from models import Generator
+from models import Generator, discriminator_loss
 from tools.toy import speech_like, toy_config, write_config
 from train import LAMBDA_VOICE, training_step
 from voice import VoiceLoss
@@ -207,6 +208,9 @@ def test_each_segment_learns_with_another_noise_and_the_same_again(tmp_path):
     first, again, third = (generator(x)[0, 0] for x in (mel, mel, other))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert float((first - third).norm() / first.norm()) > 0.5
+    draws = generator(mel.repeat(2, 1, 1))[:, 0]
+    torch.testing.assert_close(draws[0], first, atol=1e-3, rtol=0)
+    assert float((draws[0] - draws[1]).norm() / first.norm()) > 0.5
     generator.eval()
     first, third = (generator(x)[0, 0] for x in (mel, other))
     assert float((first - third).norm() / first.norm()) < 0.1
@@ -254,6 +258,20 @@ def test_pieces_are_the_whole_and_one_frame_speaks(tmp_path):
     assert synthesize(generator, mel[:, :1]).shape == (256,)
 
 
+def test_in_bfloat16_the_refiner_is_too_and_the_spectrum_is_not(tmp_path):
+    h = toy_config(tmp_path, FRAMES, consistency_steps=2)
+    mel = LogMelSpectrogram(h, h.fmax)(torch.from_numpy(speech_like(0.5)).float()[None])
+    wavs = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        generator = prepare(Generator(h), torch.device("cpu"), precision)
+        wavs[precision] = generator(mel)[:, 0]
+    assert {p.dtype for p in generator.istft.refiner.parameters()} == {torch.bfloat16}
+    assert generator.conv_post.weight.dtype == wavs["bf16"].dtype == torch.float32
+    mels = [LogMelSpectrogram(h, h.fmax)(wav) for wav in wavs.values()]
+    assert 0 < float((mels[0] - mels[1]).abs().mean()) < 0.1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -298,10 +316,14 @@ def test_a_training_step_is_of_two_draws(tmp_path, adversarial_from):
     mel = LogMelSpectrogram(h, h.fmax)(wav[:, 0])
     draws, _ = state.generator(mel.repeat(2, 1, 1), Origin())
     expected = state.mel_loss.energy_distance(draws.view(2, 2, -1), wav[:, 0])
+    scores, _ = copy.deepcopy(state.discriminators)(torch.cat([wav, draws[:2]]).detach())
+    real_scores, fake_scores = zip(*(score.chunk(2) for score in scores), strict=True)
     losses = training_step(state, mel, wav)
     torch.testing.assert_close(losses["gen_loss_energy"], expected.detach())
     total = h.lambda_mel * losses["gen_loss_energy"] + LAMBDA_VOICE * losses["gen_loss_voice"]
     if adversarial_from == 0:
         total = total + losses["gen_loss_adversarial"] + 2 * losses["gen_loss_feature"]
+        of_first = discriminator_loss(real_scores, fake_scores)
+        torch.testing.assert_close(losses["disc_loss_total"], of_first)
     torch.testing.assert_close(losses["gen_loss_total"], total)
     assert losses["gen_loss_voice"] > 0
