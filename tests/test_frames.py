@@ -9,7 +9,7 @@ import torch
 
 from checkpoint import build_state
 from env import UserError, load_config
-from heads import HINTS, HarmonicSTFT, Origin, Refiner, _softness, _with_magnitude
+from heads import HINTS, TRAINED_STEPS, HarmonicSTFT, Origin, Refiner, _softness, _with_magnitude
 from inference import Streamer, prepare, synthesize
 from meldataset import REPULSION, LogMelSpectrogram, MelLoss
 from models import Generator, discriminator_loss
@@ -141,10 +141,19 @@ def test_in_training_phases_are_given(tmp_path):
     other = magnitude.detach().clone()
     other[:, 20] *= 2
     changed = ((head._consistent(spectrum, other) - wav)[0, 0].abs() > 1e-9).nonzero() // 256
-    assert (int(changed.min()), int(changed.max())) < (17 - 6, 23)
+    assert int(changed.min()) < 12 and int(changed.max()) > 28
     wav[0, 0, 20 * 256 : 21 * 256].square().sum().backward()
     heard = magnitude.grad.abs().sum((0, 2)).nonzero()
     assert (int(heard.min()), int(heard.max())) == (18, 22)
+
+
+def test_one_trains_with_the_first_steps(tmp_path):
+    torch.manual_seed(0)
+    few, many = (make_head(tmp_path, consistency_steps=n) for n in (TRAINED_STEPS, 12))
+    spectrum = torch.randn(1, 20, 513, 2, dtype=torch.float64)
+    heard = few._consistent(spectrum, sizes(spectrum))
+    assert not torch.allclose(heard, many._consistent(spectrum, sizes(spectrum)), atol=1e-3)
+    torch.testing.assert_close(heard, many.train()._consistent(spectrum, sizes(spectrum)))
 
 
 def test_a_refiner_adds_little_at_first_and_sees_frames_as_far_as_it_says(tmp_path):
@@ -241,18 +250,21 @@ def test_a_frame_is_heard_as_far_as_the_receptive_field_says(tmp_path, steps, ch
         if anchor == 0:
             assert frame - first == after
         else:
-            assert 3 + 2 * 24 + 7 <= last - frame <= before
+            assert 3 + 2 * 24 + 7 < last - frame <= before
 
 
 def test_pieces_are_the_whole_and_one_frame_speaks(tmp_path):
     """In float64: in float32 the pitch is rounded, and a long voice adds that up in its phase."""
     torch.manual_seed(3)
     generator = Generator(toy_config(tmp_path, FRAMES, consistency_steps=4)).double().eval()
-    mel = torch.randn(80, 200) - 5
+    mel = torch.randn(80, 300) - 5
     whole = synthesize(generator, mel)
-    for size in (9, 37):
+    for cuts in ([37] * 8 + [4], [160] + [1] * 30 + [110]):
         streamer = Streamer(generator)
-        pieces = [streamer.feed(mel[:, i : i + size]) for i in range(0, 200, size)]
+        pieces = [streamer.feed(frames) for frames in mel.split(cuts, dim=1)]
+        assert all(
+            len(piece) == 256 * size for piece, size in zip(pieces[4:], cuts[4:], strict=True)
+        )
         difference = torch.cat([*pieces, streamer.flush()]) - whole
         assert float(difference.abs().max() / whole.abs().max()) < 1e-6
     assert synthesize(generator, mel[:, :1]).shape == (256,)
@@ -320,6 +332,10 @@ def test_a_training_step_is_of_two_draws(tmp_path, adversarial_from):
     real_scores, fake_scores = zip(*(score.chunk(2) for score in scores), strict=True)
     losses = training_step(state, mel, wav)
     torch.testing.assert_close(losses["gen_loss_energy"], expected.detach())
+    expected_names = {"gen_loss_total", "gen_loss_energy", "gen_loss_voice"}
+    if adversarial_from == 0:
+        expected_names |= {"gen_loss_adversarial", "gen_loss_feature", "disc_loss_total"}
+    assert losses.keys() == expected_names
     total = h.lambda_mel * losses["gen_loss_energy"] + LAMBDA_VOICE * losses["gen_loss_voice"]
     if adversarial_from == 0:
         total = total + losses["gen_loss_adversarial"] + 2 * losses["gen_loss_feature"]
