@@ -25,6 +25,7 @@ from utils import Tally, command_line, command_parser, find_file, plan_outputs
 MAX_AMPLITUDE = 0.95  # of each training clip's peak, as in HiFi-GAN
 MIN_POWER = 1e-9  # keeps the gradient of the square root finite
 MIN_MAGNITUDE = 1e-5
+LASTING = 16  # frames over which bins are averaged in an energy distance
 REPULSION = 0.5  # of two draws; 1 makes more noise than one likes to hear
 SILENT_LOG_MEL = float(np.log(MIN_MAGNITUDE))
 
@@ -72,6 +73,13 @@ class LogMelSpectrogram(nn.Module):
         self.register_buffer("window", torch.hann_window(h.win_size), persistent=False)
 
     def forward(self, wav: torch.Tensor) -> torch.Tensor:
+        return _log(self.filterbank @ self._magnitude(wav))
+
+    def of_bins(self, wav: torch.Tensor) -> torch.Tensor:
+        """The log magnitudes without the filterbank, [B, n_fft // 2 + 1, N // hop_size]."""
+        return _log(self._magnitude(wav))
+
+    def _magnitude(self, wav: torch.Tensor) -> torch.Tensor:
         frames = wav.shape[-1] // self.hop_size
         padding = (self.n_fft - self.hop_size) // 2
         missing = padding + 1 - wav.shape[-1]  # for reflection to have something to reflect
@@ -86,8 +94,7 @@ class LogMelSpectrogram(nn.Module):
             center=False,
             return_complex=True,
         )[..., :frames]
-        magnitude = torch.sqrt(spectrum.real.square() + spectrum.imag.square() + MIN_POWER)
-        return torch.log((self.filterbank @ magnitude).clamp(min=MIN_MAGNITUDE))
+        return torch.sqrt(spectrum.real.square() + spectrum.imag.square() + MIN_POWER)
 
 
 class MelLoss(nn.Module):
@@ -98,7 +105,9 @@ class MelLoss(nn.Module):
     its pitch without adversaries too; with the one mel alone it hums at the rate of the frames.
 
     Two draws of a generator to which chance belongs have an energy distance: without it, such a
-    generator learns the middle of what may be, for which no noise is the best noise.
+    generator learns the middle of what may be, for which no noise is the best noise. There, bins
+    are compared too, each averaged over LASTING frames: bands hide how a level is shared out among
+    the bins within, single frames are all chance.
 
     Source: Yamamoto et al., "Parallel WaveGAN", section 2.2, for several resolutions; Gritsenko et
     al., "A Spectral Energy Distance for Parallel Speech Synthesis", NeurIPS 2020.
@@ -115,6 +124,7 @@ class MelLoss(nn.Module):
                 for n_fft, num_mels in zip(h.n_ffts_for_loss, h.num_mels_for_loss, strict=True)
             ]
         self.log_mels = nn.ModuleList(LogMelSpectrogram(r, h.fmax_for_loss) for r in recipes)
+        self.log_mel = LogMelSpectrogram(h, h.fmax)  # the generator's, of which the bins are
 
     def forward(self, wav_hat: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -127,9 +137,13 @@ class MelLoss(nn.Module):
         The mean distance of a draw to wav, less REPULSION times half of that between the draws.
         With a REPULSION of 1, draws would come to differ from each other as from recordings.
         """
-        first, second, real = (self._mels(x) for x in (*draws, wav))
-        to_real = _mean_distance(first, real) + _mean_distance(second, real)
-        return (to_real - REPULSION * _mean_distance(first, second)) / 2
+        of_mels = _energy_distance(*(self._mels(x) for x in (*draws, wav)))
+        return of_mels + _energy_distance(*([self._lasting(x)] for x in (*draws, wav)))
+
+    def _lasting(self, wav: torch.Tensor) -> torch.Tensor:
+        """wav [B, N] -> log magnitudes of bins, [B, bins, ceil(N // hop_size / LASTING)]."""
+        bins = self.log_mel.of_bins(wav)
+        return F.avg_pool1d(bins, LASTING, ceil_mode=True)  # at the end, what is there
 
     def _mels(self, wav: torch.Tensor) -> list[torch.Tensor]:
         return [log_mel(wav) for log_mel in self.log_mels]
@@ -137,6 +151,17 @@ class MelLoss(nn.Module):
 
 def _mean_distance(mels: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
     return sum(map(F.l1_loss, mels, others)) / len(mels)
+
+
+def _energy_distance(
+    first: list[torch.Tensor], second: list[torch.Tensor], real: list[torch.Tensor]
+) -> torch.Tensor:
+    to_real = _mean_distance(first, real) + _mean_distance(second, real)
+    return (to_real - REPULSION * _mean_distance(first, second)) / 2
+
+
+def _log(magnitude: torch.Tensor) -> torch.Tensor:
+    return magnitude.clamp(min=MIN_MAGNITUDE).log()
 
 
 def mel_of_stretch(

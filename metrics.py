@@ -119,6 +119,12 @@ def _mr_stft(pair: Pair) -> float:
     return MultiResolutionSTFTLoss()(wav_hat, wav).item()
 
 
+def _ltas(pair: Pair) -> float:
+    log_mel = LogMelSpectrogram(pair.h, pair.h.fmax_for_loss)
+    spectrum, spectrum_hat = (log_mel.of_bins(wav[None])[0].mean(1) for wav in pair.wavs)
+    return 20 / math.log(10) * F.l1_loss(spectrum_hat, spectrum).item()
+
+
 def _mcd(pair: Pair) -> float:
     from mel_cepstral_distance import compare_mel_spectrograms
 
@@ -279,6 +285,16 @@ METRICS = (
         "plus mean absolute difference of their natural logarithms, mean over FFTs of 512, 1024 "
         "and 2048 samples with hops of 50, 120 and 240 (Yamamoto et al. 2020).",
         function=_mr_stft,
+    ),
+    Metric(
+        "ltas",
+        unit="dB",
+        better="lower",
+        library="torch",
+        description="Long-term average spectrum: log magnitudes of the config's bins, each "
+        "averaged over the clip; mean absolute difference. What stays while speech moves: a "
+        "colour, a comb, the tones of an upsampling.",
+        function=_ltas,
     ),
     Metric(
         "mcd",

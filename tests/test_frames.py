@@ -306,17 +306,44 @@ def test_every_weight_learns(tmp_path):
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in generator.parameters())
 
 
+def lasting_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of log magnitudes, each bin averaged over 16 frames: a mean, by NumPy."""
+    spectra = []
+    for wav in (x, y):
+        padded = np.pad(wav.numpy(), ((0, 0), (384, 384)), mode="reflect")
+        frames = np.lib.stride_tricks.sliding_window_view(padded, 1024, axis=1)[:, ::256]
+        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
+        logs = np.log(np.abs(np.fft.rfft(frames * window)))
+        stretches = np.array_split(logs, range(16, logs.shape[1], 16), axis=1)
+        spectra.append(np.stack([stretch.mean(1) for stretch in stretches], axis=1))
+    return torch.tensor(np.abs(spectra[0] - spectra[1]).mean(), dtype=torch.float32)
+
+
 def test_an_energy_distance_wants_draws_that_differ_as_recordings_do(tmp_path):
     """Of noise, another noise each time; to the mean error the same one would be as good."""
     torch.manual_seed(0)
     loss = MelLoss(toy_config(tmp_path, FRAMES))
-    wav, first, second = (torch.randn(4, 16384) for _ in range(3))
-    errors = [loss(first, wav), loss(second, wav), loss(first, second)]
-    assert max(errors) < 1.05 * min(errors)
+    wav, first, second = (torch.randn(4, 40 * 256) for _ in range(3))
+    pairs = (first, wav), (second, wav), (first, second)
+    mel_errors = [loss(*pair) for pair in pairs]
+    assert max(mel_errors) < 1.05 * min(mel_errors)
+    errors = [loss(*pair) + lasting_distance(*pair) for pair in pairs]
     differ = loss.energy_distance(torch.stack([first, second]), wav)
     expected = errors[0] + errors[1] - REPULSION * errors[2]
     torch.testing.assert_close(differ, expected / 2)
     assert loss.energy_distance(torch.stack([first, first]), wav) > 1.3 * differ
+
+
+def test_an_energy_distance_sees_a_comb_that_bands_hide(tmp_path):
+    """Each fourth bin louder and quieter, as by an echo of a hop; bands of many bins stay."""
+    torch.manual_seed(0)
+    loss = MelLoss(toy_config(tmp_path, FRAMES))
+    wav, first, second = (torch.randn(4, 17000) for _ in range(3))
+    echo = torch.stack([x[:, 256:] + 0.7 * x[:, :-256] for x in (first, second)])
+    draws, wav = torch.stack([first, second])[:, :, 256:], wav[:, 256:]
+    echo = echo * draws.std() / echo.std()
+    assert loss(echo[0], wav) < 1.06 * loss(draws[0], wav)
+    assert loss.energy_distance(echo, wav) > 1.15 * loss.energy_distance(draws, wav)
 
 
 @pytest.mark.parametrize("adversarial_from", [0, 9])

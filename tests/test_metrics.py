@@ -29,6 +29,7 @@ COMPARING = [metric for metric in METRICS if metric.needs_reference]
 PERFECT = {
     "mel_l1": 0,
     "mr_stft": 0,
+    "ltas": 0,
     "mcd": 0,
     "pesq_wb": 4.644,
     "stoi": 1,
@@ -38,6 +39,7 @@ PERFECT = {
     "periodicity_rmse": 0,
 }
 SPECTRAL = {"mel_l1", "mr_stft", "mcd"}
+LEVELS = {"mel_l1", "mr_stft", "ltas"}
 HEARING = {"pesq_wb", "stoi", "estoi"}
 
 
@@ -87,9 +89,9 @@ def test_identical_waveforms_score_perfectly():
 @pytest.mark.parametrize(
     ("how", "amounts", "seen_by"),
     [
-        ("noise", (0.003, 0.01, 0.03), SPECTRAL | HEARING | {"periodicity_rmse"}),
+        ("noise", (0.003, 0.01, 0.03), SPECTRAL | {"ltas"} | HEARING | {"periodicity_rmse"}),
         ("noise", (0.03, 0.1), {"vuv_f1"}),
-        ("lowpass", (0.0, 1.0, 2.0), SPECTRAL),
+        ("lowpass", (0.0, 1.0, 2.0), SPECTRAL | {"ltas"}),
         ("lowpass", (1.0, 2.0, 3.0), HEARING | {"periodicity_rmse"}),
         ("pitch", (0.5, 1.0, 2.0), SPECTRAL | HEARING | {"f0_rmse"}),
         ("griffin-lim", (1, 8, 32), SPECTRAL | HEARING | {"periodicity_rmse"}),
@@ -116,6 +118,22 @@ def test_mr_stft_is_relative_to_the_reference():
     wav = 0.1 * np.random.default_rng(0).standard_normal(RATE)
     assert value("mr_stft", wav, wav / 2) == pytest.approx(0.5 + math.log(2), abs=1e-3)
     assert value("mr_stft", wav, wav * 2) == pytest.approx(1.0 + math.log(2), abs=1e-3)
+
+
+def test_ltas_sees_a_comb_that_bands_hide():
+    """An echo of 256 samples, which raises and lowers each fourth bin of 1,024."""
+    wav = 0.1 * np.random.default_rng(0).standard_normal(10 * RATE)
+    comb = wav.copy()
+    comb[256:] += 0.3 * wav[:-256]
+    comb /= np.std(comb) / np.std(wav)
+    window = np.hanning(1025)[:-1]
+    seen = np.sum(window[256:] * window[:-256]) / np.sum(window**2)  # of the echo in a window
+    power = 1 + 0.6 * seen * np.cos(2 * np.pi * np.arange(513) / 4) / 1.09
+    expected = 10 * np.log10(power)
+    assert value("ltas", wav, comb) == pytest.approx(np.abs(expected).mean(), rel=0.1)
+    other = 0.1 * np.random.default_rng(1).standard_normal(10 * RATE)
+    assert value("ltas", wav, other) < 0.3
+    assert value("mel_l1", wav, comb) < value("mel_l1", wav, other)
 
 
 def test_mcd_is_the_difference_of_smoothed_spectra_in_decibels():
@@ -158,7 +176,8 @@ def test_hearing_metrics_are_the_libraries_own_at_the_rates_they_are_defined_for
 def test_level_is_heard_by_the_mel_but_not_by_mcd():
     louder = scores("level", -1)
     assert louder["mel_l1"] == pytest.approx(math.log(2), abs=0.01)
-    unheard = PERFECT.keys() - {"mel_l1", "mr_stft"}
+    assert louder["ltas"] == pytest.approx(20 * math.log10(2), abs=0.1)
+    unheard = PERFECT.keys() - LEVELS
     for name in unheard:
         assert louder[name] == pytest.approx(PERFECT[name], abs=1e-3), name
 
