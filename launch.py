@@ -1,7 +1,7 @@
 """From the command line of train.py or distill.py to its run: processes, data, state.
 
 launch_or_train(arguments, prepare)    # under torchrun, a process for each GPU
-  -> train                             # reads the data, resumes or begins
+  -> train                             # makes the state, reads the data, resumes or begins
     -> loop.run
 """
 
@@ -269,19 +269,18 @@ def train(
     prepare: Callable[[argparse.Namespace, State], Update],
     config: bytes,
 ) -> int:
-    """Reads the data, resumes or begins, and runs; returns the exit status.
+    """Makes the state, reads the data, resumes or begins, and runs; returns the exit status.
 
     `config` is the text of the config as it was when the run began.
     """
+    folder, state = Path(a.checkpoint_path), build_state(h, device, a.precision)
+    with together():  # before the data, which may take long to read
+        update = prepare(a, state)
     with together():
         clips, validation = read_data(a, h)
-    folder = Path(a.checkpoint_path)
     with contextlib.ExitStack() as until_the_end:
         with together():
             until_the_end.enter_context(locked(folder))
-        state = build_state(h, device, a.precision)
-        with together():
-            update = prepare(a, state)
         with together():
             begin(a, state, config)
         average_gradients(state)

@@ -272,6 +272,14 @@ def test_an_unlike_teacher_is_refused_by_name(command, tmp_path, teacher_file):
         command(tmp_path / "cp", 1)
 
 
+def test_a_missing_teacher_is_told_before_data_are_read_and_leaves_nothing(command, tmp_path):
+    missing = tmp_path / "none/g_00000001"
+    flags = ("--teacher_file", missing, "--input_training_file", tmp_path / "none.txt")
+    with pytest.raises(UserError, match=f"^{missing}: no such checkpoint file"):
+        command(tmp_path / "cp", 1, *flags)
+    assert not (tmp_path / "cp").exists()
+
+
 def test_a_student_that_is_no_misr_is_refused(tmp_path):
     h = toy_config(tmp_path, MRF)
     with pytest.raises(UserError, match=r"g: teaches a MISR only, .* take config_v1\.json"):
