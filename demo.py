@@ -33,7 +33,7 @@ from env import UserError
 from utils import command_line, command_parser, positive, say
 
 HERE = Path(__file__).parent
-PRETRAINED = HERE / "pretrained/frame_v2_universal/g_00043493"
+PRETRAINED = HERE / "pretrained/frame_v2_universal/g_00044824"
 CONFIG = HERE / "configs/frame_v2.json"
 CHANGES = {"batch_size": 8, "lr_decay": 0.99}  # each epoch is seven updates
 PARAMETERS = "a million"

@@ -8,7 +8,13 @@ import pytest
 
 from tools.toy import ROOT
 
-COLUMNS = {"DistillMOS": "distill_mos", "PESQ-WB": "pesq_wb", "mel L1": "mel_l1", "STOI": "stoi"}
+COLUMNS = {
+    "DistillMOS": "distill_mos",
+    "PESQ-WB": "pesq_wb",
+    "mel L1": "mel_l1",
+    "LTAS": "ltas",
+    "STOI": "stoi",
+}
 PAGES = [
     *(ROOT / name for name in ("README.md", "docs/results.md")),
     *sorted(ROOT.glob("pretrained/*/README.md")),
