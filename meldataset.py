@@ -134,8 +134,9 @@ class MelLoss(nn.Module):
     def energy_distance(self, draws: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
         """Two draws [2, B, N] of what may sound as wav [B, N] does -> scalar.
 
-        The mean distance of a draw to wav, less REPULSION times half of that between the draws.
-        With a REPULSION of 1, draws would come to differ from each other as from recordings.
+        The mean distance of a draw to wav, less REPULSION times half of that between the draws:
+        of mels, and of bins over LASTING frames. With a REPULSION of 1, draws would come to differ
+        from each other as from recordings.
         """
         of_mels = _energy_distance(*(self._mels(x) for x in (*draws, wav)))
         return of_mels + _energy_distance(*([self._lasting(x)] for x in (*draws, wav)))

@@ -67,10 +67,14 @@ class Pair:
         self.h = h
 
     @cached_property
+    def log_mel(self) -> LogMelSpectrogram:
+        """What the mel loss sees a waveform by."""
+        return LogMelSpectrogram(self.h, self.h.fmax_for_loss)
+
+    @cached_property
     def mels(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The log-mels [num_mels, T] that the mel loss sees."""
-        log_mel = LogMelSpectrogram(self.h, self.h.fmax_for_loss)
-        return tuple(log_mel(wav.unsqueeze(0))[0] for wav in self.wavs)
+        return tuple(self.log_mel(wav.unsqueeze(0))[0] for wav in self.wavs)
 
     @cached_property
     def pitches(self) -> tuple[Pitch, Pitch]:
@@ -120,8 +124,7 @@ def _mr_stft(pair: Pair) -> float:
 
 
 def _ltas(pair: Pair) -> float:
-    log_mel = LogMelSpectrogram(pair.h, pair.h.fmax_for_loss)
-    spectrum, spectrum_hat = (log_mel.of_bins(wav[None])[0].mean(1) for wav in pair.wavs)
+    spectrum, spectrum_hat = (pair.log_mel.of_bins(wav[None]).mean(2) for wav in pair.wavs)
     return 20 / math.log(10) * F.l1_loss(spectrum_hat, spectrum).item()
 
 
