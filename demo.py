@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checkpoint import checkpoint_path, checkpoint_steps
+from distributed import computes_in_bfloat16, select_device
 from env import UserError
 from utils import command_line, command_parser, positive, say
 
@@ -211,19 +211,11 @@ def train(folder: Path, minutes: float) -> None:
         *("--input_wavs_dir", folder / "wavs"),
         *("--input_training_file", folder / "training.txt"),
         *("--input_validation_file", folder / "validation.txt"),
-        *("--precision", fast_precision()),
+        *("--precision", "bf16" if computes_in_bfloat16(select_device("auto")) else "fp32"),
         *("--checkpoint_interval", CHECKPOINT_INTERVAL, "--keep_checkpoints", 1),
         *("--validation_interval", CHECKPOINT_INTERVAL, "--stdout_interval", 50),
         seconds=60 * minutes,
     )
-
-
-def fast_precision() -> str:
-    """bf16 where the device computes in it: elsewhere it is slower than fp32."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    cpu = Path("/proc/cpuinfo")
-    return "bf16" if cpu.exists() and "bf16" in cpu.read_text() else "fp32"
 
 
 def vocode(folder: Path, checkpoint: Path, name: str) -> None:

@@ -1,6 +1,7 @@
 """What makes a waveform of a generator's last channels where they are spectra."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,8 @@ BELL_SIZE = math.exp(-BELL) * math.sqrt(float(torch.i0(torch.tensor(2 * BELL))))
 MOMENTUM = 0.99  # of the consistency steps
 TRAINED_STEPS = 8  # of them, at most, while one trains
 SOFTNESS = 0.08  # the share of the power asked for in the power that a direction is divided by
-# The refiner's picture: bins of a place, hints of the blocks for each, channels, and the dilations
-# along frequency.
-PLACE, HINTS = 4, 3
-REFINER_CHANNELS = 32
-REFINER_DILATIONS = (1, 2, 4)
+HINTS = 3  # of the blocks to the refiner, for each place
+REFINER_DILATIONS = (1, 2, 4)  # along frequency
 LARGE = 3.0  # a log magnitude that counts as 1
 LRELU_SLOPE = 0.1  # as in all of HiFi-GAN but its last layer
 MIN_WINDOW = 1e-3  # sum of squared windows, near the ends
@@ -100,7 +98,7 @@ class HarmonicSTFT(nn.Module):
         super().__init__()
         self.stft, self.pulses, self.steps = STFT(h), Pulses(h), h.consistency_steps
         bins = h.n_fft // 2 + 1
-        self.refiner = Refiner(bins)
+        self.refiner = Refiner(h)
         self.channels = (bins, bins, PITCHES, HINTS * self.refiner.places)
         self.in_channels = sum(self.channels)
         self.max_log_magnitude = math.log(h.n_fft)  # which no window of [-1, 1] exceeds
@@ -163,11 +161,11 @@ class HarmonicSTFT(nn.Module):
         voice: Voice,
         mel: torch.Tensor,
         correction: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Pulses and noise by the voice's share of noise: a spectrum [B, T, bins, 2].
 
         Also log magnitudes for it, [B, T, bins], at the levels of the mel [B, T, num_mels] and
-        corrected, and what the refiner views, [B, T, bins, VIEWS].
+        corrected, and the refiner's views.
         """
         share = voice.noise.detach()
         spectrum = _times(pulses, (1 - share.square()).sqrt()) + _times(noise, share)
@@ -175,9 +173,9 @@ class HarmonicSTFT(nn.Module):
         level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
         lift = (mel - level) @ self.spread
         log_magnitude = size.log() + lift + correction
-        sizes = log_magnitude.detach(), _size(pulses).log(), _size(noise).log()
-        logs = torch.stack((*sizes, lift, mel @ self.spread), dim=3)
-        return spectrum, log_magnitude, torch.cat([logs / LARGE, share.unsqueeze(3)], dim=3)
+        logs = log_magnitude.detach(), _size(pulses).log(), _size(noise).log(), lift
+        views = [*(log / LARGE for log in logs), mel / LARGE @ self.spread, share]
+        return spectrum, log_magnitude, views
 
     def _bursts(self, turns: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
         """The amplitude of noise [B, N + beyond], of unit power, by how voiced frames are [B, T].
@@ -209,22 +207,23 @@ class HarmonicSTFT(nn.Module):
 class Refiner(nn.Module):
     """Spectra seen as a picture, and hints for its places -> what to add to log magnitudes.
 
-    views [B, T, bins, VIEWS], hints [B, T, HINTS * places] -> [B, T, bins].
+    VIEWS of [B, T, bins], hints [B, T, HINTS * places] -> [B, T, bins].
 
-    Residual units of convolutions over time and frequency, as in ResBlock1; a place is PLACE bins.
-    What the blocks know of many bins, the few bands of a mel say; here harmonics are seen, and what
-    lies between them.
+    Residual units of convolutions over time and frequency, as in ResBlock1; a place is
+    `refiner_bins` bins. What the blocks know of many bins, the few bands of a mel say; here
+    harmonics are seen, and what lies between them. At the top, bins too few for a place are left.
     """
 
     VIEWS = 6  # the magnitude so far, of pulses, of noise; its lift; the mel; the share of noise
 
-    def __init__(self, bins: int):
+    def __init__(self, h: Config):
         super().__init__()
-        C, self.bins, self.places = REFINER_CHANNELS, bins, math.ceil(bins / PLACE)
-        self.conv_pre = _conv2d(self.VIEWS * PLACE + HINTS, C)
+        C, self.place, self.bins = h.refiner_channels, h.refiner_bins, h.n_fft // 2 + 1
+        self.places = self.bins // self.place
+        self.conv_pre = _conv2d(self.VIEWS * self.place + HINTS, C)
         self.convs1 = nn.ModuleList(_conv2d(C, C, dilation) for dilation in REFINER_DILATIONS)
         self.convs2 = nn.ModuleList(_conv2d(C, C) for _ in REFINER_DILATIONS)
-        self.linear_post = nn.Linear(C, PLACE)
+        self.linear_post = nn.Linear(C, self.place)
         nn.init.normal_(self.linear_post.weight, std=0.01)  # it starts by adding next to nothing
         nn.init.zeros_(self.linear_post.bias)
 
@@ -233,16 +232,16 @@ class Refiner(nn.Module):
         """How many frames before, and after, a frame is refined by."""
         return 1 + 2 * len(REFINER_DILATIONS)
 
-    def forward(self, views: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
-        views = F.pad(views, (0, 0, 0, -self.bins % PLACE))
-        views = views.unflatten(2, (self.places, PLACE)).flatten(3)
-        x = torch.cat([views, hints.unflatten(2, (self.places, HINTS))], dim=3)
+    def forward(self, views: Sequence[torch.Tensor], hints: torch.Tensor) -> torch.Tensor:
+        picture = [view[:, :, : self.places * self.place] for view in views]
+        x = torch.cat([each.unflatten(2, (self.places, -1)) for each in (*picture, hints)], dim=3)
         x = self.conv_pre(x.to(self.linear_post.bias.dtype).permute(0, 3, 1, 2))
         for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
             hidden = conv1(F.leaky_relu(x, LRELU_SLOPE))
             x = conv2(F.leaky_relu_(hidden, LRELU_SLOPE)).add_(x)  # in place: no new memory
         x = F.leaky_relu(x, LRELU_SLOPE).permute(0, 2, 3, 1)
-        return self.linear_post(x).flatten(2)[:, :, : self.bins]
+        refinement = self.linear_post(x).flatten(2)
+        return F.pad(refinement, (0, self.bins - refinement.shape[2]))
 
 
 class Pulses(nn.Module):
@@ -344,8 +343,11 @@ class STFT(nn.Module):
     def _overlap_add(self, frames: torch.Tensor) -> torch.Tensor:
         """[B, T, n_fft] -> [B, N + beyond]: the sum of the frames' hops, shifted."""
         hops = F.pad(frames, (0, -self.n_fft % self.hop_size)).unflatten(2, (-1, self.hop_size))
-        shifts = range(self.overlap + 1)
-        return sum(F.pad(hops[:, :, k], (0, 0, k, self.overlap - k)) for k in shifts).flatten(1)
+        count = frames.shape[1]
+        wav = frames.new_zeros(len(frames), count + self.overlap, self.hop_size)
+        for k in range(self.overlap + 1):
+            wav[:, k : k + count] += hops[:, :, k]
+        return wav.flatten(1)
 
 
 def _edges(h: Config) -> tuple[int, int]:

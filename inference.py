@@ -42,6 +42,7 @@ from utils import (
     plan_outputs,
     positive,
     say,
+    say_if_slow,
 )
 from weights import generator_weights, is_y_chans, load_checkpoint, load_weights
 
@@ -379,8 +380,10 @@ def read_wav_mel(path: Path, h: Config, log_mel: LogMelSpectrogram) -> Mel:
 
 def start(a: argparse.Namespace) -> tuple[Generator, Config]:
     """The generator that the flags name, in a process that is set up to do nothing else."""
-    if select_device(a.device).type == "cpu":
+    device = select_device(a.device)
+    if device.type == "cpu":
         speed_up_cpu()  # first: threads take over how denormals are treated
+    say_if_slow(a.precision, device)
     return load_generator(a.checkpoint_file, a.device, a.precision)
 
 

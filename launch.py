@@ -49,6 +49,7 @@ from utils import (
     remove_temporary_files,
     replacing,
     say,
+    say_if_slow,
 )
 
 
@@ -216,6 +217,7 @@ def launch_or_train(
         return launch(processes)
     if device.type == "cpu":
         speed_up_cpu()
+    say_if_slow(a.precision, device)
     init_processes(device)
     try:
         status = train(a, h, device, prepare, config)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from distributed import computes_in_bfloat16
+
 RATE = 5  # times a config's learning_rate, which is AdamW's in an adversarial training
 MOMENTUM = 0.95
 ITERATIONS = 5
@@ -16,10 +18,12 @@ EPSILON = 1e-8  # AdamW's
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     """Near the polar factor of a matrix [M, N]: its singular values become about 1.
 
-    Newton-Schulz iterations in bfloat16 leave them between 0.6 and 1.3, which is near enough.
+    Newton-Schulz iterations leave them between 0.6 and 1.3, which is near enough, in bfloat16 too;
+    but a processor that has none would take twenty times as long.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if is_tall else matrix).bfloat16()
+    dtype = torch.bfloat16 if computes_in_bfloat16(matrix.device) else torch.float32
+    x = (matrix.T if is_tall else matrix).to(dtype)
     x = x / (x.norm() + 1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T

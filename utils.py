@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
-from distributed import rank
+from distributed import computes_in_bfloat16, rank
 from env import UserError, one_line
 
 
@@ -107,6 +108,12 @@ def say(text: str) -> None:
     if rank() > 0:
         return
     _write(text, "stdout")
+
+
+def say_if_slow(precision: str, device: torch.device) -> None:
+    """Says on standard error, on the first process, where "bf16" is slower than "fp32" would be."""
+    if precision == "bf16" and not computes_in_bfloat16(device) and rank() == 0:
+        _write("--precision bf16: slow, for this processor has no bfloat16; use fp32", "stderr")
 
 
 def _write(text: str, name: str) -> None:

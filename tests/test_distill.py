@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import distill
+import muon
 import train
 from checkpoint import build_state
 from distill import Distillation, Lesson, at_other_levels, check_teacher, distance
@@ -101,7 +102,9 @@ def test_a_student_that_equals_its_teacher_has_no_error_and_no_other_gradient(tm
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
-def test_orthogonalise_is_near_the_polar_factor_of_a_plain_svd(shape):
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_orthogonalise_is_near_the_polar_factor_of_a_plain_svd(monkeypatch, has_bfloat16, shape):
+    monkeypatch.setattr(muon, "computes_in_bfloat16", lambda _: has_bfloat16)
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrix = u @ torch.diag(torch.logspace(0, -1.5, min(shape))) @ v
     inner = u.T @ orthogonalise(matrix) @ v.T  # the identity for the polar factor u @ v

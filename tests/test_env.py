@@ -9,7 +9,8 @@ import librosa
 import pytest
 import torch
 
-from distributed import select_device
+import distributed
+from distributed import computes_in_bfloat16, select_device
 from env import UserError, load_config
 from tests.conftest import ALL_CONFIGS
 from tools.toy import ROOT, toy_values, write_config
@@ -345,3 +346,13 @@ def test_devices_that_are_not_here_are_refused(gpus, name, count, said):
         select_device(name)
     assert str(error.value).startswith(f"--device {name}: ")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_bfloat16"), [("avx2 fma", False), ("avx512_bf16 fma", True), (None, True)]
+)
+def test_a_processor_s_bfloat16_is_seen(monkeypatch, tmp_path, flags, has_bfloat16):
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(distributed, "CPU_INFO", tmp_path / "cpuinfo")
+    assert computes_in_bfloat16.__wrapped__(torch.device("cpu")) == has_bfloat16

@@ -156,21 +156,34 @@ def test_one_trains_with_the_first_steps(tmp_path):
     torch.testing.assert_close(heard, many.train()._consistent(spectrum, sizes(spectrum)))
 
 
-def test_a_refiner_adds_little_at_first_and_sees_frames_as_far_as_it_says(tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"refiner_bins": 8, "refiner_channels": 16}])
+def test_a_refiner_adds_little_at_first_and_sees_frames_as_far_as_it_says(tmp_path, changes):
     torch.manual_seed(0)
-    refiner = Refiner(513).double().requires_grad_(False)
-    views = torch.randn(1, 41, 513, Refiner.VIEWS, dtype=torch.float64)
-    hints = torch.randn(1, 41, HINTS * 129, dtype=torch.float64)
-    assert 0 < float(refiner(views, hints).std()) < 0.05
-    other_views, other_hints = views.clone(), hints.clone()
-    other_views[:, 20, 4 * 64] += 1
-    other_hints[:, 20, HINTS * 64] += 1
-    for other in (refiner(other_views, hints), refiner(views, other_hints)):
-        changed = (refiner(views, hints) != other).nonzero()
+    refiner = Refiner(toy_config(tmp_path, FRAMES, **changes)).double().requires_grad_(False)
+    views = list(torch.randn(Refiner.VIEWS, 1, 41, 513, dtype=torch.float64))
+    hints = torch.randn(1, 41, HINTS * refiner.places, dtype=torch.float64)
+    refinement = refiner(views, hints)
+    assert 0 < float(refinement.std()) < 0.05
+    size, place = refiner.place, 30
+    for number in range(Refiner.VIEWS + 1):
+        others = [each.clone() for each in (*views, hints)]
+        others[number][:, 20, (size if number < Refiner.VIEWS else HINTS) * place] += 1
+        changed = (refiner(others[:-1], others[-1]) != refinement).nonzero()
         first, last = changed.amin(0), changed.amax(0)
         assert (int(first[1]), int(last[1])) == (20 - refiner.reach, 20 + refiner.reach)
-        # 1 + 1, 2, 4 + 3 places of four bins to either side
-        assert (int(first[2]), int(last[2])) == (4 * (64 - 11), 4 * (64 + 11) + 3)
+        # 1 + 1, 2, 4 + 3 places to either side
+        assert (int(first[2]), int(last[2])) == (size * (place - 11), size * (place + 12) - 1)
+
+
+@pytest.mark.parametrize(("bins", "places"), [(4, 128), (8, 64), (100, 5)])
+def test_bins_at_the_top_that_fill_no_place_are_not_refined(tmp_path, bins, places):
+    refiner = Refiner(toy_config(tmp_path, FRAMES, refiner_bins=bins)).requires_grad_(False)
+    assert refiner.places == places
+    views = [torch.randn(1, 7, 513) for _ in range(Refiner.VIEWS)]
+    refinement = refiner(views, torch.randn(1, 7, HINTS * places))
+    assert refinement.shape == (1, 7, 513)
+    assert (refinement[:, :, : bins * places] != 0).all()
+    assert (refinement[:, :, bins * places :] == 0).all()
 
 
 def test_pulses_and_noise_mix_and_take_the_level_of_the_mel(tmp_path):
@@ -288,6 +301,8 @@ def test_in_bfloat16_the_refiner_is_too_and_the_spectrum_is_not(tmp_path):
     ("changes", "message"),
     [
         ({"consistency_steps": -1}, "0 or more"),
+        ({"refiner_channels": 0}, "refiner_channels = 0: expected more than 0"),
+        ({"refiner_bins": 514}, "refiner_bins = 514: expected at most all 513 bins of the STFT"),
         ({"upsample_rates": [1, 2]}, "rates of 1 beside consistency_steps"),
         ({"gen_istft_n_fft": 16, "gen_istft_hop_size": 4}, "no such key beside gen_istft_n_fft"),
     ],

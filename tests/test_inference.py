@@ -21,6 +21,7 @@ import torch
 import inference
 import inference_e2e
 import meldataset
+import utils
 from env import Config, UserError, load_config
 from inference import load_generator, synthesize, synthesize_batch
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
@@ -132,6 +133,17 @@ def test_a_written_wav_holds_what_the_generator_says(checkpoint, wavs, tmp_path,
     expected = np.rint(32767 * wav.double().numpy())
     assert expected.std() > 100  # of 32767: no silence
     assert np.abs(read_pcm(tmp_path / "a_generated.wav") - expected).max() <= 1
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_who_asks_for_bfloat16_is_told_where_the_processor_has_none(
+    checkpoint, wavs, tmp_path, monkeypatch, capsys, has_bfloat16
+):
+    monkeypatch.setattr(utils, "computes_in_bfloat16", lambda _: has_bfloat16)
+    for precision in ("fp32", "bf16"):
+        assert vocode(checkpoint, wavs / "a.wav", tmp_path, "--precision", precision) == 0
+        said = "this processor has no bfloat16" in capsys.readouterr().err
+        assert said == (precision == "bf16" and not has_bfloat16)
 
 
 def test_mels_of_wavs_give_what_the_wavs_give(checkpoint, wavs, tmp_path):

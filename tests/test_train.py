@@ -19,6 +19,7 @@ import launch
 import meldataset
 import monitor
 import train
+import utils
 from checkpoint import State, build_state, checkpoint_path, paired_steps, resume, save, warm_start
 from env import UserError, load_config
 from loop import StopRequest, count_update, validate
@@ -392,6 +393,12 @@ def test_the_recipe_is_the_config_s_and_what_changes_is_said(run, capsys):
     assert "changed since then: adversarial_from 2 -> 0; lr_decay 0.999 -> 0.5\n" in said
     assert run(5) == 0
     assert "changed since then" not in capsys.readouterr().out
+
+
+def test_a_run_in_bfloat16_is_warned_where_the_processor_has_none(run, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "computes_in_bfloat16", lambda _: False)
+    assert run(1, "--precision", "bf16") == 0
+    assert "this processor has no bfloat16" in capsys.readouterr().err
 
 
 def test_steps_and_epochs_bound_a_run(run, capsys):
