@@ -319,10 +319,7 @@ class STFT(nn.Module):
         _keep(self, "inverse_fourier", inverse.float())
 
     def forward(self, wav: torch.Tensor) -> torch.Tensor:
-        hops = wav.unflatten(1, (-1, self.hop_size))
-        frames = hops.shape[1] - self.overlap
-        shifted = [hops[:, k : k + frames] for k in range(self.overlap + 1)]
-        windowed = torch.cat(shifted, dim=2)[:, :, : self.n_fft] * self.window
+        windowed = wav.unfold(1, self.n_fft, self.hop_size) * self.window
         if torch.compiler.is_exporting():  # ONNX has no fast Fourier transform worth its name
             return (windowed @ self.fourier).unflatten(2, (-1, 2))
         return torch.view_as_real(torch.fft.rfft(windowed))
@@ -333,20 +330,28 @@ class STFT(nn.Module):
             frames = spectrum.flatten(2) @ self.inverse_fourier
         else:
             frames = torch.fft.irfft(torch.view_as_complex(spectrum), n=self.n_fft)
-        return self._overlap_add(frames * self.window)
+        return self._overlap_add(frames, self.window)
 
     def weights(self, frames: int) -> torch.Tensor:
         """[1, N + beyond], by which the inverse is the waveform of the nearest spectrum."""
-        squares = self.window.square().expand(1, frames, -1)
-        return self._overlap_add(squares).clamp(min=MIN_WINDOW).reciprocal()
+        window = self.window.expand(1, frames, -1)
+        return self._overlap_add(window, self.window).clamp(min=MIN_WINDOW).reciprocal()
 
-    def _overlap_add(self, frames: torch.Tensor) -> torch.Tensor:
-        """[B, T, n_fft] -> [B, N + beyond]: the sum of the frames' hops, shifted."""
-        hops = F.pad(frames, (0, -self.n_fft % self.hop_size)).unflatten(2, (-1, self.hop_size))
+    def _overlap_add(self, frames: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+        """[B, T, n_fft], each times a window [n_fft] -> [B, N + beyond]: their sum, shifted."""
+        rest, last = -self.n_fft % self.hop_size, self.overlap
+        hops, windows = (
+            F.pad(x, (0, rest)).unflatten(-1, (-1, self.hop_size)) for x in (frames, window)
+        )
+        if torch.compiler.is_exporting():  # ONNX is slow at writing in place
+            shifts = (
+                F.pad(hops[:, :, k], (0, 0, k, last - k)) * windows[k] for k in range(last + 1)
+            )
+            return sum(shifts).flatten(1)
         count = frames.shape[1]
-        wav = frames.new_zeros(len(frames), count + self.overlap, self.hop_size)
-        for k in range(self.overlap + 1):
-            wav[:, k : k + count] += hops[:, :, k]
+        wav = frames.new_zeros(len(frames), count + last, self.hop_size)
+        for k in range(last + 1):
+            wav[:, k : k + count].addcmul_(hops[:, :, k], windows[k])
         return wav.flatten(1)
 
 
