@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from checkpoint import build_state
-from distributed import select_device, speed_up_cpu
+from distributed import computes_in_bfloat16, select_device, speed_up_cpu
 from env import Config, load_config
 from inference import prepare, stream, synthesize
 from meldataset import LogMelSpectrogram
@@ -143,10 +143,15 @@ BASELINES = {
 MATMUL_SIZE = 2048
 
 
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """Those that a user would choose there."""
+    return ("fp32", "bf16") if computes_in_bfloat16(device) else ("fp32",)
+
+
 def inference_contestants(h: Config, device: torch.device, seconds: float) -> dict[str, Timing]:
     """Generators at work on a random mel, and the machine's own matrix multiplication."""
     frames = math.ceil(seconds * h.sampling_rate / h.hop_size)
-    generators = {f"ours, {p}": ready_generator(h, device, p) for p in ("fp32", "bf16")}
+    generators = {f"ours, {p}": ready_generator(h, device, p) for p in precisions(device)}
     if h.uses_misr:
         generators["loop"] = ready_generator(h, device, "fp32")
         for misr in generators["loop"].resblocks:
@@ -162,7 +167,8 @@ def inference_contestants(h: Config, device: torch.device, seconds: float) -> di
         frames = math.ceil(seconds * plain_h.sampling_rate / plain_h.hop_size)
         mel = torch.randn(1, plain_h.num_mels, frames, device=device) - 5
         contestants["plain"] = Timing(torch.inference_mode()(lambda: plain(mel)))
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name in precisions(device):
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
         a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
         contestants[f"matmul, {name}"] = Timing(lambda a=a: a @ a)
     return contestants
@@ -181,7 +187,7 @@ def inference_row(config: str, seconds: int, device: torch.device, repeats: int)
     take_turns(contestants, device, repeats)
     macs = macs_per_second(Generator(h), h, torch.zeros(1, h.num_mels, MEASURED_FRAMES)) * seconds
     row = {"config": config, "s of audio": seconds}
-    for precision in ("fp32", "bf16"):
+    for precision in precisions(device):
         ours = contestants[f"ours, {precision}"]
         peak = MATMUL_SIZE**3 / contestants[f"matmul, {precision}"].spread().median
         row |= {
@@ -247,7 +253,7 @@ def training_contestants(
     torch.manual_seed(h.seed)
     mel = torch.randn(h.batch_size, h.num_mels, h.segment_size // h.hop_size, device=device) - 5
     wav = 0.1 * torch.randn(h.batch_size, 1, h.segment_size, device=device)
-    states = {precision: build_state(h, device, precision) for precision in ("fp32", "bf16")}
+    states = {precision: build_state(h, device, precision) for precision in precisions(device)}
     if compiled:
         states["bf16, compiled"] = build_state(h, device, "bf16")
         states["bf16, compiled"].generator.compile()

@@ -24,6 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from checkpoint import NEVER, State, build_state
+from distributed import computes_in_bfloat16
 from env import Config, UserError, load_config
 from loop import vocode_whole
 from meldataset import EndlessBatches, MelDataset
@@ -83,7 +84,8 @@ def make_config(variant: Variant, seed: int, batch_size: int, adversarial: bool)
 
 def make_state(variant: Variant, h: Config) -> State:
     """A fresh generator whose optimizer knows the shared blocks' own rate."""
-    state = build_state(h, torch.device("cpu"), "bf16")
+    cpu = torch.device("cpu")
+    state = build_state(h, cpu, "bf16" if computes_in_bfloat16(cpu) else "fp32")
     for block in state.generator.resblocks if h.uses_misr else ():
         if not variant.starts_as_views:
             initialise_by_default(block)
