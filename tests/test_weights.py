@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -374,8 +375,16 @@ def test_a_stored_mel_gives_the_stored_samples(name, tmp_path):
 
 
 SHIPPED = sorted(folder.parent for folder in ROOT.glob("pretrained/*/config.json"))
-RECORDING = ROOT / "pretrained/samples/index_files/0001-0.flac"  # in no training list
+RECORDING = ROOT / "pretrained/samples/index_files/0001-0.flac"  # LJ003-0140, in no training list
 LARGEST_MEL_L1, LOWEST_PESQ = 0.5, 2.5
+OF_MEASURED = 1.15  # the most that the beginning of a clip may err beside the whole
+
+
+def measured_error(system: str) -> float:
+    """The mel_l1 of the whole recording, as evaluate.py measured it."""
+    files = json.loads((ROOT / "docs/figures/lj_validation.json").read_text())["files"]
+    (found,) = (file["systems"] for file in files if file["name"] == "LJ003-0140")
+    return found[system]["values"]["mel_l1"]
 
 
 def qualities(generator: Generator, h: Config) -> dict[str, float]:
@@ -391,7 +400,7 @@ def test_the_shipped_weights_speak_and_random_ones_do_not(folder):
     path = checkpoint_path(folder, "g", checkpoint_steps(folder, "g")[-1])
     generator, h = load_generator(path)
     spoken = qualities(generator, h)
-    assert spoken["mel_l1"] < LARGEST_MEL_L1
+    assert spoken["mel_l1"] < min(LARGEST_MEL_L1, OF_MEASURED * measured_error(folder.name))
     assert spoken["pesq_wb"] > LOWEST_PESQ
     babble = qualities(Generator(h).eval(), h)
     assert babble["mel_l1"] > 1.5 * spoken["mel_l1"] and babble["mel_l1"] > LARGEST_MEL_L1
