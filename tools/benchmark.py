@@ -255,9 +255,10 @@ def training_contestants(
     wav = 0.1 * torch.randn(h.batch_size, 1, h.segment_size, device=device)
     states = {precision: build_state(h, device, precision) for precision in precisions(device)}
     if compiled:
-        states["bf16, compiled"] = build_state(h, device, "bf16")
-        states["bf16, compiled"].generator.compile()
-        states["bf16, compiled"].discriminators.compile()
+        precision = precisions(device)[-1]
+        state = states[f"{precision}, compiled"] = build_state(h, device, precision)
+        state.generator.compile()
+        state.discriminators.compile()
     ours = {f"ours, {p}": Timing(lambda s=s: training_step(s, mel, wav)) for p, s in states.items()}
     return {"textbook, fp32": Timing(textbook_update(h, device, mel, wav)), **ours}
 
