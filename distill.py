@@ -1,11 +1,13 @@
-"""Teaches a MISR what a trained HiFi-GAN does, stage by stage: no adversary, any speech will do.
+"""Teaches a generator what a trained one does: no adversary, and any speech will do.
 
     python distill.py --teacher_file hifigan/g_02500000 --config config_v1.json \\
         --checkpoint_path cp_distilled --precision bf16 --training_steps 20000
+    python distill.py --teacher_file pretrained/frame_v2_universal/g_* \\
+        --config configs/frame_v3.json --checkpoint_path cp_light --precision bf16
 
-The student begins with the teacher's conv_pre, ups and conv_post, which stay, and with the MRF's
-block of its own kernel size as the shared block. Each MISR is then given what the teacher's MRF of
-its stage is given, and learns to give what that gives:
+A MISR learns from a HiFi-GAN, stage by stage. It begins with the teacher's conv_pre, ups and
+conv_post, which stay, and with the MRF's block of its own kernel size as the shared block. Each
+MISR is then given what the teacher's MRF of its stage is given, and learns to give what that gives:
 
     teacher   mel -> conv_pre -> up -> MRF -> up -> MRF -> ... -> conv_post -> wav
                                   |     ^      |     ^
@@ -13,6 +15,9 @@ its stage is given, and learns to give what that gives:
 
 and all of them together, each given what the one before has made, learn to make a waveform of the
 teacher's mel: for small errors, stage after stage, take energy from the sound.
+
+A light generator at the mel's own rate learns from a larger one: the voice that it hears in a mel
+and, of the same pulses and noise, the magnitudes that it makes.
 
 The teacher answers any mel, so mels at other levels cost nothing. `g_*` files hold a running
 average of the student, which validation hears; train.py goes on from them.
@@ -24,10 +29,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import State, as_ddp
 from env import Config, UserError
+from heads import by_chance
 from inference import load_generator
 from inference import prepare as as_speaker
 from launch import add_arguments, launch_or_train
@@ -36,7 +43,7 @@ from meldataset import SILENT_LOG_MEL, MelLoss
 from models import LRELU_SLOPE, Generator, fuse
 from muon import RATE, Muon
 from utils import command_line, command_parser, say
-from weights import family_weights, mrf_as_misr, own_weights
+from weights import family_weights, load_matching, mrf_as_misr, own_weights
 
 # The recipe, found by measurement: docs/distillation.md has what else was tried.
 WARM_UP = 50  # updates
@@ -44,32 +51,42 @@ MAX_GRADIENT_NORM = 5.0
 # The mel loss of the whole, beside the errors of the stages, from this share of the run on, or from
 # a warm start on: while stages err much, it spoils the sound. A run whose end is open counts as one
 # of 5,000 updates.
-MEL_WEIGHT, WHOLE_FROM, OPEN_RUN = 0.3, 0.7, 5000
+WHOLE_FROM, OPEN_RUN = 0.7, 5000
 AVERAGE = 0.99  # of the weights, from one update to the next
 QUIETEST_GAIN = math.log(0.1)  # of mels, whose levels vary
 QUIET_FRAME = 0.05  # of the mean size of a frame: where relative errors begin to be relative to it
 
-# What both must have in common, for the student's stages to be the teacher's.
-SHARED_KEYS = (
-    *("num_mels", "n_fft", "hop_size", "win_size", "sampling_rate", "fmin", "fmax"),
+FRAME_ERRORS = ("pitch", "noise", "log_magnitude")
+WEIGHTS = {"gen_loss_mel": 0.3, "pitch": 2.0, "noise": 2.0}  # of errors; of the others 1
+
+# What both must have in common: the mel and, for the student's stages to be the teacher's, widths.
+MEL_KEYS = ("num_mels", "n_fft", "hop_size", "win_size", "sampling_rate", "fmin", "fmax")
+WIDTH_KEYS = (
     *("upsample_rates", "upsample_kernel_sizes", "upsample_initial_channel"),
     *("gen_istft_n_fft", "gen_istft_hop_size"),
 )
 
 
 def check_teacher(teacher: Config, student: Config, path: Path) -> None:
-    """Raises UserError, naming the first key, where the stages of the two do not correspond."""
-    if not student.uses_misr:
+    """Raises UserError, naming the first key, where the two do not correspond."""
+    if teacher.uses_frames != student.uses_frames:
+        theirs, ours = ("with" if h.uses_frames else "without" for h in (teacher, student))
+        raise UserError(
+            f"{path}: its config is {theirs} consistency_steps, the student's {ours}: expected two "
+            "generators of one kind"
+        )
+    if not (student.uses_misr or student.uses_frames):
         raise UserError(
             f"{path}: teaches a MISR only, and the student's config has resblock_kernel_sizes; "
             "take config_v1.json or config_v2.json"
         )
     theirs, ours = asdict(teacher), asdict(student)
-    for key in SHARED_KEYS:
+    for key in MEL_KEYS if student.uses_frames else MEL_KEYS + WIDTH_KEYS:
         if theirs[key] != ours[key]:
+            same = "mel" if student.uses_frames else "mel, rates and widths"
             raise UserError(
                 f"{path}: its config has {key} = {theirs[key]}, the student's {ours[key]}: "
-                "expected the same mel, rates and widths"
+                f"expected the same {same}"
             )
 
 
@@ -124,7 +141,7 @@ class Lesson(nn.Module):
         (teacher,) = self.teacher
         errors, B = [], len(mel)
         with torch.no_grad():
-            heard = teacher.ups[0](nn.functional.leaky_relu(teacher.first(mel), LRELU_SLOPE))
+            heard = teacher.ups[0](F.leaky_relu(teacher.first(mel), LRELU_SLOPE))
         for stage, (_, blocks) in enumerate(teacher.stages()):
             up = teacher.ups[stage + 1] if stage + 1 < len(teacher.ups) else None
             with torch.no_grad():
@@ -153,7 +170,37 @@ class Lesson(nn.Module):
         (teacher,) = self.teacher
         if up is None:
             return teacher.last(x.to(teacher.conv_post.bias.dtype))
-        return up(nn.functional.leaky_relu(x.to(up.bias.dtype), LRELU_SLOPE))
+        return up(F.leaky_relu(x.to(up.bias.dtype), LRELU_SLOPE))
+
+
+class FrameLesson(nn.Module):
+    """The student's errors for a mel [B, num_mels, T], as FRAME_ERRORS: [3].
+
+    Both work at the mel's own rate. The mean distances of log pitch, the more voiced a frame the
+    more it counts, of the share of noise, and of log magnitudes. These both give to the teacher's
+    pulses and noise: so there is one right answer, whatever the chance in them.
+    """
+
+    def __init__(self, student: Generator, teacher: Generator, autocast: torch.autocast):
+        super().__init__()
+        self.student, self.autocast = student, autocast
+        self.teacher = [teacher]  # hidden, as in Lesson
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        (teacher,) = self.teacher
+        with torch.no_grad():
+            x = teacher.channels(mel)
+            sources = teacher.istft.sources(x, by_chance(mel))
+            _, expected = teacher.istft.spectrum(x, mel, sources)
+        with self.autocast:
+            x = self.student.channels(mel)
+            log_f0, noise = self.student.istft.voice(x)
+            _, log_magnitude = self.student.istft.spectrum(x, mel, sources)
+        voice = sources.voice
+        voiced = teacher.istft.voiced(voice.noise)
+        pitch = (voiced * (log_f0 - voice.log_f0).abs()).sum() / voiced.sum().clamp(min=1)
+        others = F.l1_loss(noise, voice.noise), F.l1_loss(log_magnitude, expected)
+        return torch.stack([pitch.float(), *others])
 
 
 class Distillation:
@@ -170,18 +217,23 @@ class Distillation:
         student = Generator(h).to(state.device)
         for generator in (student, state.generator):
             generator.remove_weight_norm()
-        transplant(student, teacher, h)
+        if h.uses_frames:
+            taken, left = load_matching(student, teacher.state_dict())
+            say(f"{len(taken)} of {len(taken) + len(left)} layers from the teacher")
+            lesson = FrameLesson(student, teacher, state.autocast())
+        else:
+            transplant(student, teacher, h)
+            lesson = Lesson(student, teacher, h, state.autocast())
         as_speaker(teacher, state.device, state.precision)
         state.generator.load_state_dict(student.state_dict())
         learnt = [p for p in student.parameters() if p.requires_grad]
         self.learnt, self.student = learnt, student
         self.muon = Muon(learnt, RATE * h.learning_rate, betas=(h.adam_b1, h.adam_b2))
         state.more = {"student": student, "muon": self.muon}
-        lesson = Lesson(student, teacher, h, state.autocast()).to(state.device)
-        self.lesson = as_ddp(lesson, state.device)
+        self.lesson = as_ddp(lesson.to(state.device), state.device)
 
     def update(self, state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
-        """One step of all MISRs; the teacher alone says what is right, so `wav` is not looked at.
+        """One step; the teacher alone says what is right, so `wav` is not looked at.
 
         Args:
             mel: [B, num_mels, T].
@@ -192,20 +244,25 @@ class Distillation:
         for optimizer in (self.muon, state.optim_g):  # of which the second shows it to the monitor
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        with_whole = state.steps >= self.whole_from
-        errors, mel_error = self.lesson(at_other_levels(mel, state), with_whole)
-        loss = errors.sum() + (MEL_WEIGHT * mel_error if with_whole else 0)
+        errors = self.errors(at_other_levels(mel, state), state)
+        loss = sum(WEIGHTS.get(name, 1.0) * error for name, error in errors.items())
         self.student.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.learnt, MAX_GRADIENT_NORM)
         self.muon.step()
         self.average(state)
-        losses = {"gen_loss_total": loss.detach(), "gradient_norm_student": norm}
-        if with_whole:
-            losses["gen_loss_mel"] = mel_error.detach()
-        for stage, row in enumerate(errors.detach(), start=1):
-            losses[f"stage_{stage}"], losses[f"stage_{stage}_next"] = row
-        return losses
+        losses = {"gen_loss_total": loss, "gradient_norm_student": norm} | errors
+        return {name: value.detach() for name, value in losses.items()}
+
+    def errors(self, mel: torch.Tensor, state: State) -> Losses:
+        """The student's errors for a mel [B, num_mels, T], by the names that the terminal shows."""
+        if state.h.uses_frames:
+            return dict(zip(FRAME_ERRORS, self.lesson(mel), strict=True))
+        of_stages, of_whole = self.lesson(mel, state.steps >= self.whole_from)
+        errors = {} if of_whole is None else {"gen_loss_mel": of_whole}
+        for stage, row in enumerate(of_stages, start=1):
+            errors[f"stage_{stage}"], errors[f"stage_{stage}_next"] = row
+        return errors
 
     def rate(self, state: State) -> float:
         """Up in WARM_UP updates and, where --training_steps ends the run, down to 0 by a cosine."""
@@ -240,7 +297,7 @@ def prepare(a: argparse.Namespace, state: State) -> Update:
 def main() -> int:
     """Distils a generator."""
     parser = command_parser(
-        "Teaches a MISR what a trained HiFi-GAN does. Run it again to resume; Ctrl-C saves and\n"
+        "Teaches a generator what a trained one does. Run it again to resume; Ctrl-C saves and\n"
         "stops.",
         example="python distill.py --teacher_file hifigan/g_02500000 --config config_v1.json \\\n"
         "    --checkpoint_path cp_distilled --precision bf16 --training_steps 20000",

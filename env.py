@@ -21,7 +21,7 @@ IGNORED_KEYS = {"num_gpus", "num_freq", "dist_config"}
 POSITIVE_KEYS = (
     *("upsample_initial_channel", "discriminator_channel_mult", "batch_size", "learning_rate"),
     *("segment_size", "num_mels", "n_fft", "hop_size", "win_size", "sampling_rate"),
-    *("refiner_bins", "refiner_channels"),
+    "refiner_channels",
 )
 SMALLEST_SEGMENT = 6  # samples; of fewer, MPD's period of 11 has too little to reflect
 
@@ -78,8 +78,7 @@ class Config:
     gen_istft_n_fft: int | None = None  # iSTFT head: bins and
     gen_istft_hop_size: int | None = None  # rate of its inverse STFT, in samples
     consistency_steps: int | None = None  # a generator at the mel's own rate: steps of its iSTFT
-    refiner_bins: int = 4  # its refiner's bins of a place, and
-    refiner_channels: int = 32  # channels
+    refiner_channels: int = 32  # of its refiner, whose units are as `resblock` says
 
     # Discriminators and losses
     discriminator_channel_mult: float = 1.0
@@ -323,8 +322,6 @@ def _generator_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
     if h.uses_frames:
         yield h.consistency_steps >= 0, "consistency_steps", "0 or more"
         yield not h.uses_istft, "consistency_steps", "no such key beside gen_istft_n_fft"
-        bins = h.n_fft // 2 + 1
-        yield h.refiner_bins <= bins, "refiner_bins", f"at most all {bins} bins of the STFT"
         expected = "rates of 1 beside consistency_steps, one for each block"
         yield max(rates) == 1, "upsample_rates", expected
     else:

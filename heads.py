@@ -1,5 +1,6 @@
 """What makes a waveform of a generator's last channels where they are spectra."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,6 +23,7 @@ BELL_SIZE = math.exp(-BELL) * math.sqrt(float(torch.i0(torch.tensor(2 * BELL))))
 MOMENTUM = 0.99  # of the consistency steps
 TRAINED_STEPS = 8  # of them, at most, while one trains
 SOFTNESS = 0.08  # the share of the power asked for in the power that a direction is divided by
+PLACE = 4  # bins, which the refiner sees as one
 HINTS = 3  # of the blocks to the refiner, for each place
 REFINER_DILATIONS = (1, 2, 4)  # along frequency
 LARGE = 3.0  # a log magnitude that counts as 1
@@ -76,6 +78,14 @@ class Origin(NamedTuple):
     cycles: float = 0.0  # the pulses have come so far
 
 
+class Sources(NamedTuple):
+    """What a HarmonicSTFT makes speech of: STFTs [B, T, bins, 2] of unit power, and their voice."""
+
+    pulses: torch.Tensor
+    noise: torch.Tensor
+    voice: Voice
+
+
 class HarmonicSTFT(nn.Module):
     """Pulses and noise, given the mel's spectrum: [B, channels, T], mel -> [B, 1, T * hop_size].
 
@@ -125,57 +135,60 @@ class HarmonicSTFT(nn.Module):
     def forward(
         self, x: torch.Tensor, mel: torch.Tensor, origin: Origin
     ) -> tuple[torch.Tensor, Voice]:
+        sources = self.sources(x, by_chance(mel) if self.training else origin)
+        spectrum, log_magnitude = self.spectrum(x, mel, sources)
         with _in_full_precision(x):
-            correction, noise, pitch, hints = x.transpose(1, 2).split(self.channels, dim=2)
-            origin = _by_chance(mel) if self.training else origin
-            pulses, noise, voice = self._spectra(noise, pitch, origin)
-            mel = mel.to(x.dtype).transpose(1, 2)
-            spectrum, log_magnitude, views = self._mix(pulses, noise, voice, mel, correction)
-        refinement = self.refiner(views, hints)
-        with _in_full_precision(x):
-            log_magnitude = log_magnitude + refinement.to(x.dtype)
             magnitude = log_magnitude.clamp(max=self.max_log_magnitude).exp()
-            return self._consistent(spectrum, magnitude), voice
+            return self._consistent(spectrum, magnitude), sources.voice
 
-    def _spectra(
-        self, noise: torch.Tensor, pitch: torch.Tensor, origin: Origin
-    ) -> tuple[torch.Tensor, torch.Tensor, Voice]:
-        """The STFTs [B, T, bins, 2] of pulses and of noise, of unit power, and the voice of both.
+    def voice(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of which voice x [B, in_channels, T] speaks: log_f0 [B, T], share of noise [B, T, bins].
 
-        Of the channels for both, [B, T, bins] and [B, T, PITCHES].
+        The pitch is in float64, for what rounding does to it adds up in the phase.
         """
-        # In float64, for what rounding does to the pitch adds up in the phase.
-        log_f0 = pitch.double().softmax(2) @ self.pitches
-        pulses, turns, cycles = self.pulses(log_f0.detach(), origin, pitch.dtype)
-        voice = Voice(log_f0, noise.sigmoid(), cycles)
-        samples = torch.arange(pulses.shape[1], device=noise.device) - self.stft.edges[0]
-        samples = samples + origin.frame * self.stft.hop_size
-        voiced = 1 - voice.noise.detach()[:, :, : self.lowest_bins].mean(2)
-        bursts = self.noise[samples % len(self.noise)] * self._bursts(turns, voiced)
-        return self.stft(pulses), self.stft(bursts), voice
+        _, noise, pitch, _ = self._split(x)
+        with _in_full_precision(x):
+            return pitch.double().softmax(2) @ self.pitches, noise.sigmoid()
 
-    def _mix(
-        self,
-        pulses: torch.Tensor,
-        noise: torch.Tensor,
-        voice: Voice,
-        mel: torch.Tensor,
-        correction: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Pulses and noise by the voice's share of noise: a spectrum [B, T, bins, 2].
+    def sources(self, x: torch.Tensor, origin: Origin) -> Sources:
+        """Pulses and noise of the voice of which x [B, in_channels, T] speaks."""
+        log_f0, share = self.voice(x)
+        with _in_full_precision(x):
+            pulses, turns, cycles = self.pulses(log_f0.detach(), origin, x.dtype)
+            samples = torch.arange(pulses.shape[1], device=x.device) - self.stft.edges[0]
+            samples = samples + origin.frame * self.stft.hop_size
+            amplitude = self._bursts(turns, self.voiced(share.detach()))
+            bursts = self.noise[samples % len(self.noise)] * amplitude
+            return Sources(self.stft(pulses), self.stft(bursts), Voice(log_f0, share, cycles))
 
-        Also log magnitudes for it, [B, T, bins], at the levels of the mel [B, T, num_mels] and
-        corrected, and the refiner's views.
+    def spectrum(
+        self, x: torch.Tensor, mel: torch.Tensor, sources: Sources
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A spectrum [B, T, bins, 2], whose phases count, and log magnitudes for it, [B, T, bins].
+
+        Pulses and noise by the voice's share of noise, at the levels of the mel [B, num_mels, T],
+        corrected and refined as x [B, in_channels, T] asks for.
         """
-        share = voice.noise.detach()
-        spectrum = _times(pulses, (1 - share.square()).sqrt()) + _times(noise, share)
-        size = _size(spectrum)
-        level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
-        lift = (mel - level) @ self.spread
-        log_magnitude = size.log() + lift + correction
-        logs = log_magnitude.detach(), _size(pulses).log(), _size(noise).log(), lift
-        views = [*(log / LARGE for log in logs), mel / LARGE @ self.spread, share]
-        return spectrum, log_magnitude, views
+        correction, _, _, hints = self._split(x)
+        with _in_full_precision(x):
+            pulses, noise, share = sources.pulses, sources.noise, sources.voice.noise.detach()
+            spectrum = _times(pulses, (1 - share.square()).sqrt()) + _times(noise, share)
+            size, mel = _size(spectrum), mel.to(x.dtype).transpose(1, 2)
+            level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
+            lift = (mel - level) @ self.spread
+            log_magnitude = size.log() + lift + correction
+            logs = log_magnitude.detach(), _size(pulses).log(), _size(noise).log(), lift
+            views = [*(log / LARGE for log in logs), mel / LARGE @ self.spread, share]
+        refinement = self.refiner(views, hints)
+        return spectrum, log_magnitude + refinement.to(x.dtype)
+
+    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Correction, noise, pitch and hints, each [B, T, channels], of x [B, channels, T]."""
+        return x.transpose(1, 2).split(self.channels, dim=2)
+
+    def voiced(self, share: torch.Tensor) -> torch.Tensor:
+        """How voiced frames are, 0 to 1, [B, T], by their share of noise [B, T, bins]."""
+        return 1 - share[:, :, : self.lowest_bins].mean(2)
 
     def _bursts(self, turns: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
         """The amplitude of noise [B, N + beyond], of unit power, by how voiced frames are [B, T].
@@ -209,36 +222,40 @@ class Refiner(nn.Module):
 
     VIEWS of [B, T, bins], hints [B, T, HINTS * places] -> [B, T, bins].
 
-    Residual units of convolutions over time and frequency, as in ResBlock1; a place is
-    `refiner_bins` bins. What the blocks know of many bins, the few bands of a mel say; here
-    harmonics are seen, and what lies between them. At the top, bins too few for a place are left.
+    Residual units of convolutions over time and frequency, of two as in ResBlock1 or of one as in
+    ResBlock2; a place is PLACE bins. What the blocks know of many bins, the few bands of a mel say;
+    here harmonics are seen, and what lies between them. At the top, bins too few for a place are
+    left.
     """
 
     VIEWS = 6  # the magnitude so far, of pulses, of noise; its lift; the mel; the share of noise
 
     def __init__(self, h: Config):
         super().__init__()
-        C, self.place, self.bins = h.refiner_channels, h.refiner_bins, h.n_fft // 2 + 1
-        self.places = self.bins // self.place
-        self.conv_pre = _conv2d(self.VIEWS * self.place + HINTS, C)
+        C, self.bins = h.refiner_channels, h.n_fft // 2 + 1
+        self.places = self.bins // PLACE
+        self.conv_pre = _conv2d(self.VIEWS * PLACE + HINTS, C)
         self.convs1 = nn.ModuleList(_conv2d(C, C, dilation) for dilation in REFINER_DILATIONS)
-        self.convs2 = nn.ModuleList(_conv2d(C, C) for _ in REFINER_DILATIONS)
-        self.linear_post = nn.Linear(C, self.place)
+        seconds = REFINER_DILATIONS if h.resblock == "1" else ()
+        self.convs2 = nn.ModuleList(_conv2d(C, C) for _ in seconds)
+        self.linear_post = nn.Linear(C, PLACE)
         nn.init.normal_(self.linear_post.weight, std=0.01)  # it starts by adding next to nothing
         nn.init.zeros_(self.linear_post.bias)
 
     @property
     def reach(self) -> int:
         """How many frames before, and after, a frame is refined by."""
-        return 1 + 2 * len(REFINER_DILATIONS)
+        return 1 + len(self.convs1) + len(self.convs2)
 
     def forward(self, views: Sequence[torch.Tensor], hints: torch.Tensor) -> torch.Tensor:
-        picture = [view[:, :, : self.places * self.place] for view in views]
+        picture = [view[:, :, : self.places * PLACE] for view in views]
         x = torch.cat([each.unflatten(2, (self.places, -1)) for each in (*picture, hints)], dim=3)
         x = self.conv_pre(x.to(self.linear_post.bias.dtype).permute(0, 3, 1, 2))
-        for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
+        for conv1, conv2 in itertools.zip_longest(self.convs1, self.convs2):
             hidden = conv1(F.leaky_relu(x, LRELU_SLOPE))
-            x = conv2(F.leaky_relu_(hidden, LRELU_SLOPE)).add_(x)  # in place: no new memory
+            if conv2 is not None:
+                hidden = conv2(F.leaky_relu_(hidden, LRELU_SLOPE))
+            x = hidden.add_(x)  # in place: no new memory
         x = F.leaky_relu(x, LRELU_SLOPE).permute(0, 2, 3, 1)
         refinement = self.linear_post(x).flatten(2)
         return F.pad(refinement, (0, self.bins - refinement.shape[2]))
@@ -368,7 +385,7 @@ def _conv2d(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Conv2d
     )
 
 
-def _by_chance(mel: torch.Tensor) -> Origin:
+def by_chance(mel: torch.Tensor) -> Origin:
     """Of no meaning, but another for each of [B, num_mels, T], and the same again."""
     rows = torch.arange(len(mel), device=mel.device)[:, None]
     chance = mel.double().sum((1, 2)).square()[:, None] + 1000 * math.pi * rows

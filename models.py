@@ -194,16 +194,24 @@ class Generator(nn.Module):
 
         An origin says where in a longer mel this one lies, so that the voice goes on.
         """
-        x = self.first(mel)
-        for up, blocks in self.stages():
-            x = fuse(blocks, up(F.leaky_relu(x, LRELU_SLOPE)))
-        x, voice = self.last(x), None
+        x, voice = self.channels(mel), None
         if isinstance(self.istft, HarmonicSTFT):
             wav, voice = self.istft(x, mel, origin or Origin())
         else:
             with torch.autocast(x.device.type, enabled=False):  # as in `last`
                 wav = torch.tanh(x) if self.istft is None else self.istft(x)
         return wav if origin is None else (wav, voice)
+
+    def channels(self, mel: torch.Tensor) -> torch.Tensor:
+        """What tanh or an inverse STFT makes the waveform of: [B, num_mels, T] -> [B, C, T'].
+
+        All layers, conv_post the last. T' is T * hop_size, T at the mel's own rate, or the frames
+        of an InverseSTFT.
+        """
+        x = self.first(mel)
+        for up, blocks in self.stages():
+            x = fuse(blocks, up(F.leaky_relu(x, LRELU_SLOPE)))
+        return self.last(x)
 
     def first(self, mel: torch.Tensor) -> torch.Tensor:
         """conv_pre, in the layout of all that follows: [B, num_mels, T] -> [B, C, T]."""
@@ -214,7 +222,7 @@ class Generator(nn.Module):
         return self.conv_pre(x)
 
     def last(self, x: torch.Tensor) -> torch.Tensor:
-        """conv_post, in fp32: what tanh or the inverse STFT makes a waveform of."""
+        """conv_post, in fp32: [B, C, T'] -> what tanh or an inverse STFT makes the waveform of."""
         x = F.leaky_relu(x, POST_LRELU_SLOPE)
         # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
         with torch.autocast(x.device.type, enabled=False):

@@ -34,6 +34,7 @@ SHORT = {
     "mel_spec_error": "mel",
     "gen_loss_mel": "mel loss",
     "gen_loss_energy": "energy distance",
+    "log_magnitude": "log magnitude",
 }
 LONG = {
     "gen_loss_total": "Gen Loss Total",
@@ -41,6 +42,9 @@ LONG = {
     "mel_spec_error": "Mel-Spec. Error",
     "gen_loss_mel": "Mel Loss",
     "gen_loss_energy": "Energy Distance",
+    "pitch": "Pitch",
+    "noise": "Noise",
+    "log_magnitude": "Log Magnitude",
 }
 
 METRICS_PATIENCE = 120  # seconds that the end of a run waits for its last metrics

@@ -12,8 +12,9 @@ import distill
 import muon
 import train
 from checkpoint import build_state
-from distill import Distillation, Lesson, at_other_levels, check_teacher, distance
+from distill import Distillation, FrameLesson, Lesson, at_other_levels, check_teacher, distance
 from env import UserError
+from heads import by_chance
 from inference import load_generator, synthesize
 from meldataset import LogMelSpectrogram
 from models import Generator
@@ -21,7 +22,7 @@ from muon import MOMENTUM, RMS, Muon, orthogonalise
 from tools.toy import corpus_arguments, run_main, save_checkpoint, toy_config, write_config
 from weights import family_weights
 
-MRF = "configs/hifigan_v1.json"
+MRF, FRAMES = "configs/hifigan_v1.json", "configs/frame_v2.json"
 TOY_MISR = {"resblock_kernel_size": 11, "learning_rate": 0.0002}
 
 
@@ -34,12 +35,19 @@ def loud(generator: Generator) -> Generator:
     return generator
 
 
-def make_lesson(tmp_path, student_h, teacher_h) -> tuple[Lesson, Generator]:
-    student, teacher = loud(Generator(student_h)), loud(Generator(teacher_h)).requires_grad_(False)
-    for generator in (student, teacher):
+EXACT = torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+
+def student_and_teacher(student_h, teacher_h) -> list[Generator]:
+    both = [loud(Generator(h)) for h in (student_h, teacher_h)]
+    for generator in both:
         generator.remove_weight_norm()
-    exact = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    return Lesson(student, teacher, student_h, exact), teacher
+    return both
+
+
+def make_lesson(student_h, teacher_h) -> tuple[Lesson, Generator]:
+    student, teacher = student_and_teacher(student_h, teacher_h)
+    return Lesson(student, teacher.requires_grad_(False), student_h, EXACT), teacher
 
 
 def test_distance_equals_a_plain_computation():
@@ -61,7 +69,7 @@ def test_distance_equals_a_plain_computation():
 
 def test_stage_errors_equal_those_of_the_two_generators_layer_by_layer(tmp_path):
     h = toy_config(tmp_path)
-    lesson, teacher = make_lesson(tmp_path, h, toy_config(tmp_path, MRF))
+    lesson, teacher = make_lesson(h, toy_config(tmp_path, MRF))
     mel = torch.randn(2, h.num_mels, 6)
     (errors, mel_error), x, frame = lesson(mel, True), teacher.conv_pre(mel), 1
     own = x
@@ -89,16 +97,49 @@ def test_stage_errors_equal_those_of_the_two_generators_layer_by_layer(tmp_path)
 
 
 @pytest.mark.parametrize("config", ["config_v1.json", "configs/istft_v2.json"])
-def test_a_student_that_equals_its_teacher_has_no_error_and_no_other_gradient(tmp_path, config):
+def test_a_student_that_equals_its_teacher_has_no_error_and_another_learns(tmp_path, config):
     h = toy_config(tmp_path, config)
-    lesson, teacher = make_lesson(tmp_path, h, h)
+    lesson, teacher = make_lesson(h, h)
     lesson.student.load_state_dict(teacher.state_dict())
     for errors in lesson(torch.randn(2, h.num_mels, 6), True):
         assert float(errors.detach().abs().max()) < 1e-5
-    lesson.student.load_state_dict(loud(lesson.student).state_dict())
+    loud(lesson.student)
     sum(errors.sum() for errors in lesson(torch.randn(2, h.num_mels, 6), True)).backward()
-    assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad.abs().max() > 0 for p in lesson.student.resblocks.parameters())
+
+
+def test_errors_at_the_mel_s_rate_are_those_of_pitch_noise_and_magnitudes(tmp_path):
+    h = toy_config(tmp_path, FRAMES, upsample_initial_channel=8, refiner_channels=8)
+    student, teacher = student_and_teacher(h, toy_config(tmp_path, FRAMES))
+    lesson, mel = FrameLesson(student, teacher, EXACT), torch.randn(2, h.num_mels, 12) - 4
+    (log_f0, noise), expected = teacher.istft.voice(teacher.channels(mel)), []
+    own_f0, own_noise = student.istft.voice(student.channels(mel))
+    weight = 1 - noise[:, :, :47].mean(2)  # bins below 1 kHz
+    expected.append((weight * (own_f0 - log_f0).abs()).sum() / weight.sum())
+    expected.append((own_noise - noise).abs().mean())
+    sources = teacher.istft.sources(teacher.channels(mel), by_chance(mel))
+    magnitudes = [
+        generator.istft.spectrum(generator.channels(mel), mel, sources)[1]
+        for generator in (student, teacher)
+    ]
+    expected.append((magnitudes[0] - magnitudes[1]).abs().mean())
+    torch.testing.assert_close(lesson(mel), torch.stack(expected).float())
+    assert min(expected) > 1e-3
+    with torch.no_grad():  # where the teacher hears no voice, any pitch is right
+        teacher.conv_post.bias[513:1026] = 30.0
+    assert float(lesson(mel).detach()[0]) == 0
+
+
+def test_a_student_at_the_mel_s_rate_that_equals_its_teacher_has_no_error(tmp_path):
+    h = toy_config(tmp_path, FRAMES)
+    student, teacher = student_and_teacher(h, h)
+    student.load_state_dict(teacher.state_dict())
+    lesson, mel = FrameLesson(student, teacher, EXACT), torch.randn(2, h.num_mels, 12) - 4
+    assert float(lesson(mel).detach().abs().max()) < 1e-5
+    loud(student)
+    lesson(mel).sum().backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad.abs().max() > 0 for p in student.parameters())
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
@@ -141,9 +182,9 @@ def test_biases_take_the_steps_of_adamw():
 
 
 def distillation(
-    tmp_path, teacher: Generator, last_step=None, is_warm=False, **changes
+    tmp_path, teacher: Generator, last_step=None, is_warm=False, config="config_v2.json", **changes
 ) -> tuple[Distillation, object]:
-    h = toy_config(tmp_path, **(TOY_MISR | changes))
+    h = toy_config(tmp_path, config, **(TOY_MISR | changes))
     state = build_state(h, torch.device("cpu"))
     return Distillation(state, teacher, last_step, is_warm), state
 
@@ -185,6 +226,26 @@ def test_a_misr_is_learnt_from_a_misr(tmp_path):
     assert float(losses["gen_loss_total"]) < 4 * 1e-3 < 0.05 * first
 
 
+def test_a_light_one_at_the_mel_s_rate_learns_from_a_larger_one(tmp_path):
+    torch.manual_seed(1)
+    teacher = Generator(toy_config(tmp_path, FRAMES, upsample_initial_channel=24))
+    with torch.no_grad():
+        for p in teacher.istft.refiner.parameters():
+            p.normal_(0, 0.1)
+    teacher.remove_weight_norm()
+    changes = {"config": FRAMES, "refiner_channels": 8, "learning_rate": 0.002}
+    learner, state = distillation(tmp_path, teacher, 150, **changes)
+    random, errors = torch.Generator().manual_seed(0), []
+    for state.steps in range(150):
+        mel = torch.randn(2, state.h.num_mels, 16, generator=random) - 4
+        errors.append(learner.update(state, mel, None))
+    first, last = errors[0], errors[-1]
+    weighed = 2 * last["pitch"] + 2 * last["noise"] + last["log_magnitude"]
+    torch.testing.assert_close(last["gen_loss_total"], weighed)
+    for name in ("pitch", "noise", "log_magnitude"):
+        assert float(last[name]) < 0.6 * float(first[name])
+
+
 def test_the_whole_comes_in_when_most_of_the_run_is_done_or_at_once_after_a_warm_start(tmp_path):
     teacher = loud(Generator(toy_config(tmp_path, MRF))).requires_grad_(False)
     teacher.remove_weight_norm()
@@ -211,20 +272,26 @@ def test_levels_follow_from_seed_and_step_and_silence_stays(tmp_path):
 
 
 @pytest.fixture
-def teacher_file(tmp_path):
-    """A toy HiFi-GAN V1, with its config beside it."""
+def configs(request):
+    """Of a teacher, and of a student."""
+    return getattr(request, "param", (MRF, "config_v2.json"))
+
+
+@pytest.fixture
+def teacher_file(tmp_path, configs):
+    """A toy teacher, with its config beside it."""
     folder = tmp_path / "teacher"
     folder.mkdir()
-    write_config(folder / "config.json", MRF)
+    write_config(folder / "config.json", configs[0])
     torch.manual_seed(5)
-    generator = loud(Generator(toy_config(tmp_path, MRF)))
+    generator = loud(Generator(toy_config(tmp_path, configs[0])))
     save_checkpoint(folder / "g_00000007", {"generator": family_weights(generator)})
     return folder / "g_00000007"
 
 
 @pytest.fixture
-def command(corpus, tmp_path, teacher_file):
-    config = write_config(tmp_path / "config.json", **TOY_MISR)
+def command(corpus, tmp_path, configs, teacher_file):
+    config = write_config(tmp_path / "config.json", configs[1], **TOY_MISR)
     arguments = ("--teacher_file", teacher_file, "--config", config, *corpus_arguments(corpus))
 
     def run(folder, steps, *flags, script=distill):
@@ -235,9 +302,23 @@ def command(corpus, tmp_path, teacher_file):
     return run
 
 
-def test_a_run_resumes_bit_for_bit_and_train_py_goes_on(command, tmp_path):
+@pytest.mark.parametrize(
+    ("configs", "errors", "precision"),
+    [
+        ((MRF, "config_v2.json"), "Mel Loss : ", "fp32"),
+        ((FRAMES, "configs/frame_v3.json"), "Pitch : ", "bf16"),
+    ],
+    indirect=["configs"],
+    ids=["stages", "frames"],
+)
+def test_a_run_resumes_bit_for_bit_and_train_py_goes_on(
+    command, tmp_path, capsys, errors, precision
+):
     every = ("--checkpoint_interval", 3, "--validation_interval", 3, "--stdout_interval", 1)
+    every += ("--precision", precision)
     assert command(tmp_path / "whole", 6, *every) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("Steps : 6, Gen"))
+    assert errors in line
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     for name in ("g_00000006", "do_00000006"):
         (tmp_path / "parts" / name).unlink()
@@ -281,6 +362,16 @@ def test_a_missing_teacher_is_told_before_data_are_read_and_leaves_nothing(comma
     with pytest.raises(UserError, match=f"^{missing}: no such checkpoint file"):
         command(tmp_path / "cp", 1, *flags)
     assert not (tmp_path / "cp").exists()
+
+
+def test_generators_of_two_kinds_are_refused(tmp_path):
+    frames, misr = toy_config(tmp_path, FRAMES), toy_config(tmp_path)
+    with pytest.raises(UserError, match=r"g: .* with consistency_steps, the student's without: "):
+        check_teacher(frames, misr, "g")
+    with pytest.raises(UserError, match=r"g: .* without consistency_steps, the student's with: "):
+        check_teacher(misr, frames, "g")
+    with pytest.raises(UserError, match=r"hop_size = 256, .* 200: expected the same mel$"):
+        check_teacher(frames, toy_config(tmp_path, FRAMES, hop_size=200, segment_size=4000), "g")
 
 
 def test_a_student_that_is_no_misr_is_refused(tmp_path):

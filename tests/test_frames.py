@@ -9,7 +9,16 @@ import torch
 
 from checkpoint import build_state
 from env import UserError, load_config
-from heads import HINTS, TRAINED_STEPS, HarmonicSTFT, Origin, Refiner, _softness, _with_magnitude
+from heads import (
+    HINTS,
+    PLACE,
+    TRAINED_STEPS,
+    HarmonicSTFT,
+    Origin,
+    Refiner,
+    _softness,
+    _with_magnitude,
+)
 from inference import Streamer, prepare, synthesize
 from meldataset import REPULSION, LogMelSpectrogram, MelLoss
 from models import Generator, discriminator_loss
@@ -156,34 +165,42 @@ def test_one_trains_with_the_first_steps(tmp_path):
     torch.testing.assert_close(heard, many.train()._consistent(spectrum, sizes(spectrum)))
 
 
-@pytest.mark.parametrize("changes", [{}, {"refiner_bins": 8, "refiner_channels": 16}])
-def test_a_refiner_adds_little_at_first_and_sees_frames_as_far_as_it_says(tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "frames", "places"),
+    [({}, 7, 11), ({"resblock": "2", "refiner_channels": 16}, 4, 8)],
+)
+def test_a_refiner_adds_little_at_first_and_sees_frames_as_far_as_it_says(
+    tmp_path, changes, frames, places
+):
+    """Frames: one for each convolution; places: 1 + 1, 2, 4, and 3 in second convolutions."""
     torch.manual_seed(0)
     refiner = Refiner(toy_config(tmp_path, FRAMES, **changes)).double().requires_grad_(False)
     views = list(torch.randn(Refiner.VIEWS, 1, 41, 513, dtype=torch.float64))
     hints = torch.randn(1, 41, HINTS * refiner.places, dtype=torch.float64)
     refinement = refiner(views, hints)
     assert 0 < float(refinement.std()) < 0.05
-    size, place = refiner.place, 30
+    size, place = PLACE, 30
+    assert refiner.reach == frames
     for number in range(Refiner.VIEWS + 1):
         others = [each.clone() for each in (*views, hints)]
         others[number][:, 20, (size if number < Refiner.VIEWS else HINTS) * place] += 1
         changed = (refiner(others[:-1], others[-1]) != refinement).nonzero()
         first, last = changed.amin(0), changed.amax(0)
-        assert (int(first[1]), int(last[1])) == (20 - refiner.reach, 20 + refiner.reach)
-        # 1 + 1, 2, 4 + 3 places to either side
-        assert (int(first[2]), int(last[2])) == (size * (place - 11), size * (place + 12) - 1)
+        assert (int(first[1]), int(last[1])) == (20 - frames, 20 + frames)
+        ends = size * (place - places), size * (place + places + 1) - 1
+        assert (int(first[2]), int(last[2])) == ends
 
 
-@pytest.mark.parametrize(("bins", "places"), [(4, 128), (8, 64), (100, 5)])
-def test_bins_at_the_top_that_fill_no_place_are_not_refined(tmp_path, bins, places):
-    refiner = Refiner(toy_config(tmp_path, FRAMES, refiner_bins=bins)).requires_grad_(False)
+@pytest.mark.parametrize(("changes", "places"), [({}, 128), (ODD, 112)])
+def test_bins_at_the_top_that_fill_no_place_are_not_refined(tmp_path, changes, places):
+    h = toy_config(tmp_path, FRAMES, **changes)
+    refiner, bins = Refiner(h).requires_grad_(False), h.n_fft // 2 + 1
     assert refiner.places == places
-    views = [torch.randn(1, 7, 513) for _ in range(Refiner.VIEWS)]
+    views = [torch.randn(1, 7, bins) for _ in range(Refiner.VIEWS)]
     refinement = refiner(views, torch.randn(1, 7, HINTS * places))
-    assert refinement.shape == (1, 7, 513)
-    assert (refinement[:, :, : bins * places] != 0).all()
-    assert (refinement[:, :, bins * places :] == 0).all()
+    assert refinement.shape == (1, 7, bins)
+    assert (refinement[:, :, : PLACE * places] != 0).all()
+    assert (refinement[:, :, PLACE * places :] == 0).all()
 
 
 def test_pulses_and_noise_mix_and_take_the_level_of_the_mel(tmp_path):
@@ -239,9 +256,17 @@ def test_each_segment_learns_with_another_noise_and_the_same_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "changes", "reach"), [(0, {}, 4), (2, {}, 10), (1, ODD | {"win_size": 900}, 9)]
+    ("steps", "changes", "learnt", "fixed"),
+    [
+        (0, {}, 3 + 2 * 24 + 7, 4),
+        (2, {}, 3 + 2 * 24 + 7, 10),
+        (1, ODD | {"win_size": 900}, 3 + 2 * 24 + 7, 9),
+        (0, {"resblock": "2"}, 3 + 2 * 18 + 4, 4),  # units of one convolution
+    ],
 )
-def test_a_frame_is_heard_as_far_as_the_receptive_field_says(tmp_path, steps, changes, reach):
+def test_a_frame_is_heard_as_far_as_the_receptive_field_says(
+    tmp_path, steps, changes, learnt, fixed
+):
     """But for the phase, which goes on from wherever the pulses are anchored."""
     torch.manual_seed(0)
     h = toy_config(tmp_path, FRAMES, consistency_steps=steps, **changes)
@@ -251,7 +276,7 @@ def test_a_frame_is_heard_as_far_as_the_receptive_field_says(tmp_path, steps, ch
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
     before, after = generator.receptive_field
-    assert (before, after) == (3 + 2 * 24 + 7 + reach,) * 2
+    assert (before, after) == (learnt + fixed,) * 2
     frame = before + 1
     mel = torch.randn(1, 80, 2 * frame + 1) - 5
     other = mel.clone()
@@ -263,7 +288,7 @@ def test_a_frame_is_heard_as_far_as_the_receptive_field_says(tmp_path, steps, ch
         if anchor == 0:
             assert frame - first == after
         else:
-            assert 3 + 2 * 24 + 7 < last - frame <= before
+            assert learnt < last - frame <= before
 
 
 def test_pieces_are_the_whole_and_one_frame_speaks(tmp_path):
@@ -302,7 +327,6 @@ def test_in_bfloat16_the_refiner_is_too_and_the_spectrum_is_not(tmp_path):
     [
         ({"consistency_steps": -1}, "0 or more"),
         ({"refiner_channels": 0}, "refiner_channels = 0: expected more than 0"),
-        ({"refiner_bins": 514}, "refiner_bins = 514: expected at most all 513 bins of the STFT"),
         ({"upsample_rates": [1, 2]}, "rates of 1 beside consistency_steps"),
         ({"gen_istft_n_fft": 16, "gen_istft_hop_size": 4}, "no such key beside gen_istft_n_fft"),
     ],

@@ -121,7 +121,8 @@ def home(corpus, tmp_path, monkeypatch):
     trained(tmp_path / "cp_misrnet", tmp_path / "config_v1.json", 500_000)
     trained(tmp_path / "hifigan", tmp_path / "configs/hifigan_v1.json", 2_500_000)
     for folder in SHIPPED:
-        trained(tmp_path / folder, tmp_path / "config_v1.json", 57_768)
+        config = write_config(tmp_path / "shipped.json", f"{folder}/config.json")
+        trained(tmp_path / folder, config, 57_768)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
