@@ -87,10 +87,16 @@ def test_an_update_in_bf16_is_near_that_of_the_cpu(tmp_path, config):
         assert {moments["exp_avg"].dtype for moments in optimizer.state.values()} == {torch.float32}
 
 
-def test_an_update_of_a_distillation_is_that_of_the_cpu(tmp_path):
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("configs/hifigan_v1.json", "config_v1.json"),
+        ("configs/frame_v2.json", "configs/frame_v3.json"),
+    ],
+)
+def test_an_update_of_a_distillation_is_that_of_the_cpu(tmp_path, teacher, student):
     """After a warm start, when the waveform counts too."""
-    teacher_h = toy_config(tmp_path, "configs/hifigan_v1.json")
-    h = toy_config(tmp_path, "config_v1.json")
+    teacher_h, h = toy_config(tmp_path, teacher), toy_config(tmp_path, student)
     losses = []
     for device in (CPU, CUDA):
         torch.manual_seed(0)
