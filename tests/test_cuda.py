@@ -95,7 +95,7 @@ def test_an_update_in_bf16_is_near_that_of_the_cpu(tmp_path, config):
     ],
 )
 def test_an_update_of_a_distillation_is_that_of_the_cpu(tmp_path, teacher, student):
-    """After a warm start, when the waveform counts too."""
+    """After a warm start, when the waveform of stages counts too."""
     teacher_h, h = toy_config(tmp_path, teacher), toy_config(tmp_path, student)
     losses = []
     for device in (CPU, CUDA):

@@ -246,6 +246,26 @@ def test_a_light_one_at_the_mel_s_rate_learns_from_a_larger_one(tmp_path):
         assert float(last[name]) < 0.6 * float(first[name])
 
 
+def test_a_student_at_the_mel_s_rate_begins_with_the_teacher_s_layers_that_fit(tmp_path, capsys):
+    """All that do not hang on the refiner, where that alone is smaller."""
+    teacher = Generator(toy_config(tmp_path, FRAMES))
+    teacher.remove_weight_norm()
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.normal_()
+    changes = {"config": FRAMES, "refiner_channels": 8, "resblock_kernel_size": 5}
+    learner, state = distillation(tmp_path, teacher, **changes)
+    theirs = teacher.state_dict()
+    for generator in (learner.student, state.generator):
+        ours = generator.state_dict()
+        taken = {key for key, value in theirs.items() if torch.equal(ours[key], value)}
+        assert taken == {key for key in theirs if ".refiner." not in key}
+    layers = {key.rpartition(".")[0] for key in theirs}
+    fitting = {layer for layer in layers if ".refiner." not in layer}
+    said = f"{len(fitting)} of {len(layers)} layers from the teacher"
+    assert said in capsys.readouterr().out
+
+
 def test_the_whole_comes_in_when_most_of_the_run_is_done_or_at_once_after_a_warm_start(tmp_path):
     teacher = loud(Generator(toy_config(tmp_path, MRF))).requires_grad_(False)
     teacher.remove_weight_norm()
