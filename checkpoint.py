@@ -97,9 +97,9 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
     torch.manual_seed(h.seed)
     generator, discriminators = Generator(h).to(device), Discriminators(h).to(device)
     betas = h.adam_b1, h.adam_b2
-    optim_g, optim_d = (
-        torch.optim.AdamW(module.parameters(), h.learning_rate, betas=betas, fused=True)
-        for module in (generator, discriminators)
+    optim_g, optim_d = (  # groups, for PyTorch refuses an empty list of parameters alone
+        torch.optim.AdamW([{"params": params}], h.learning_rate, betas=betas, fused=True)
+        for params in (generator.parameters(), discriminators.parameters())
     )
     if h.optimizer == "muon":
         generator.remove_weight_norm()
@@ -367,13 +367,14 @@ def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
     if is_theirs and state.h.misr_merge != "conv":
         raise UserError(f'{g_path}: of y-chan\'s port, which needs "misr_merge": "conv"')
     load_weights(state.generator, g["generator"], g_path)
-    load_weights(state.discriminators.mpd, do["mpd"], do_path)
-    load_weights(state.discriminators.msd, do["msd"], do_path)
     if is_theirs:
         say(f"{do_path}: of y-chan's port; the generator's optimizer starts anew")
     else:
         load_optimizer(state.optim_g, do["optim_g"], do_path)
-    load_optimizer(state.optim_d, do["optim_d"], do_path)
+    if state.h.uses_discriminators:
+        load_weights(state.discriminators.mpd, do["mpd"], do_path)
+        load_weights(state.discriminators.msd, do["msd"], do_path)
+        load_optimizer(state.optim_d, do["optim_d"], do_path)
     for name, each in state.more.items():
         load = load_weights if isinstance(each, nn.Module) else load_optimizer
         load(each, do[name], do_path)
@@ -394,6 +395,8 @@ def _check_config(h: Config, path: Path) -> None:
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now[key]]
     if theirs.uses_misr != h.uses_misr:
         found = "a MISR's run, but now an MRF's" if theirs.uses_misr else "an MRF's, now a MISR's"
+    elif h.uses_discriminators and not theirs.uses_discriminators:
+        found = "a run without discriminators, now one with them"
     elif changed:
         found = f"{changed[0]} = {before[changed[0]]}, but now {now[changed[0]]}"
     else:

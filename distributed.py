@@ -112,8 +112,8 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 
 def as_ddp(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module`, averaging its gradients where there are several processes."""
-    if world_size() == 1:
+    """`module`, averaging its gradients, if it has any, where there are several processes."""
+    if world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids)

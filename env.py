@@ -84,7 +84,7 @@ class Config:
     discriminator_channel_mult: float = 1.0
     lambda_mel: float = 45.0
     lambda_feature: float = 2.0
-    adversarial_from: int = 0  # the update at which the discriminators come in
+    adversarial_from: int | None = 0  # the update at which discriminators come in; None: none do
     n_ffts_for_loss: tuple[int, ...] | None = None  # a mel loss of several resolutions; None: h's
     num_mels_for_loss: tuple[int, ...] | None = None  # one for each
 
@@ -119,6 +119,11 @@ class Config:
     def uses_misr(self) -> bool:
         """True for MISR, False for HiFi-GAN's MRF."""
         return self.resblock_kernel_sizes is None
+
+    @property
+    def uses_discriminators(self) -> bool:
+        """True where the generator learns against discriminators, at once or later."""
+        return self.adversarial_from is not None
 
     @property
     def uses_frames(self) -> bool:
@@ -243,8 +248,9 @@ def _checks(h: Config) -> Iterator[tuple[bool, str, str]]:
     """(whether it holds, the key, what was expected), each relying on those before it."""
     for key in POSITIVE_KEYS:
         yield getattr(h, key) > 0, key, "more than 0"
-    for key in ("lambda_mel", "lambda_feature", "adversarial_from", "num_workers", "seed"):
+    for key in ("lambda_mel", "lambda_feature", "num_workers", "seed"):
         yield getattr(h, key) >= 0, key, "0 or more"
+    yield (h.adversarial_from or 0) >= 0, "adversarial_from", "0 or more, or null"
     for key in ("adam_b1", "adam_b2"):
         yield 0 <= getattr(h, key) < 1, key, "0 or more and less than 1"
     yield 0 < h.lr_decay <= 1, "lr_decay", "more than 0 and at most 1"

@@ -398,13 +398,15 @@ class MultiScaleDiscriminator(nn.Module):
 class Discriminators(nn.Module):
     """MSD and MPD as one: wav [B, 1, N] -> (scores, features), eight lists of each.
 
-    MSD comes first, as in the parameters of HiFi-GAN's optim_d.
+    MSD comes first, as in the parameters of HiFi-GAN's optim_d. Where the config has no use for
+    them, both are empty: nothing learns, and nothing is saved.
     """
 
     def __init__(self, h: Config):
         super().__init__()
-        self.msd = MultiScaleDiscriminator(h)
-        self.mpd = MultiPeriodDiscriminator(h)
+        self.msd, self.mpd = nn.Module(), nn.Module()
+        if h.uses_discriminators:
+            self.msd, self.mpd = MultiScaleDiscriminator(h), MultiPeriodDiscriminator(h)
 
     def forward(self, wav: torch.Tensor) -> tuple[list, list]:
         (msd_scores, msd_features), (mpd_scores, mpd_features) = self.msd(wav), self.mpd(wav)

@@ -282,9 +282,9 @@ def describe(state: State, clips: MelDataset, config: str, folder: Path) -> None
     seconds = [audio_seconds(clips.path(index)) for index in probe]
     hours = sum(seconds) / len(probe) * len(clips) / 3600
     fusion = "MISR" if h.uses_misr else "MRF"
+    against = f"discriminators {count['D']:.1f}M" if count["D"] else "no discriminators"
     say(
-        f"{config}: {fusion} generator {count['G']:.2f}M parameters, discriminators "
-        f"{count['D']:.1f}M\n"
+        f"{config}: {fusion} generator {count['G']:.2f}M parameters, {against}\n"
         f"{state.device}, {state.precision}, {world_size()} process(es), batch {h.batch_size} of "
         f"{h.segment_size} samples\n"
         f"{len(clips)} clips, about {hours:.2g} h; {len(clips) // h.batch_size} steps an epoch\n"

@@ -30,15 +30,16 @@ LAMBDA_VOICE = 100.0  # beside a lambda_mel of 45
 def training_step(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
     """One update of the discriminators, then one of the generator.
 
-    Before the config's `adversarial_from`, the generator learns without discriminators, and the
-    discriminators stay as they are.
+    Before the config's `adversarial_from`, or where that is null, the generator learns without
+    discriminators, and these stay as they are.
 
     Args:
         mel: [B, num_mels, T].
         wav: [B, 1, T * hop_size], from which the mel was taken.
     """
-    adversarial = state.steps >= state.h.adversarial_from
-    if state.h.uses_frames:  # two draws of each, for an energy distance
+    h = state.h
+    adversarial = h.uses_discriminators and state.steps >= h.adversarial_from
+    if h.uses_frames:  # two draws of each, for an energy distance
         mel = mel.repeat(2, 1, 1)
     with state.autocast():
         wav_hat, voice = state.ddp_generator(mel, Origin())

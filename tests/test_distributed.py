@@ -36,10 +36,10 @@ STEPS = 4
 # --------------------------------------------------------------------- what they do to each other
 
 
-def one_step(folder: Path) -> None:
+def one_step(folder: Path, config: str) -> None:
     """Writes the losses and gradients of one update in float64, of all processes together."""
     rank, world_size = distributed.rank(), distributed.world_size()
-    h = env.load_config(folder / "toy.json")
+    h = env.load_config(folder / f"{config}.json")
     state = build_state(h, torch.device("cpu"))
     for module in (state.generator, state.discriminators, state.mel_loss):
         module.double()
@@ -53,7 +53,7 @@ def one_step(folder: Path) -> None:
         gradients = [
             p.grad for m in (state.generator, state.discriminators) for p in m.parameters()
         ]
-        torch.save([means, *gradients], folder / f"of_{world_size}")
+        torch.save([means, *gradients], folder / f"{config}_of_{world_size}")
 
 
 def words_of(act) -> str:
@@ -111,7 +111,8 @@ def in_process(rank: int, port: int, folder: Path, corpus: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_processes(torch.device("cpu"))
-    one_step(folder)
+    one_step(folder, "toy")
+    one_step(folder, "alone")
     errors_of_a_process(folder)
     errors_of_the_start(folder, corpus)
     distributed.leave_processes()
@@ -125,6 +126,7 @@ def of_two(tmp_path_factory, corpus) -> Path:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     write_config(folder / "toy.json", batch_size=4)
+    write_config(folder / "alone.json", batch_size=4, adversarial_from=None)
     arguments = port, folder, corpus
     processes = [server().Process(target=in_process, args=(r, *arguments)) for r in range(2)]
     with locked(folder / "held"):
@@ -133,12 +135,15 @@ def of_two(tmp_path_factory, corpus) -> Path:
         for process in processes:
             process.join(300)
             assert process.exitcode == 0
-    one_step(folder)
+    one_step(folder, "toy")
+    one_step(folder, "alone")
     return folder
 
 
-def test_two_processes_make_the_same_gradients(of_two):
-    one, two = (torch.load(of_two / f"of_{count}") for count in (1, 2))
+@pytest.mark.parametrize("config", ["toy", "alone"])
+def test_two_processes_make_the_same_gradients(of_two, config):
+    """With discriminators and without."""
+    one, two = (torch.load(of_two / f"{config}_of_{count}") for count in (1, 2))
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 

@@ -655,6 +655,27 @@ def test_an_mrfs_run_is_not_continued_as_a_misr(run):
         run(2)
 
 
+def test_a_run_without_discriminators_saves_none(run, tmp_path, capsys):
+    write_config(run.config, adversarial_from=None)
+    assert run(3, folder=tmp_path / "straight") == 0
+    assert run(2) == 0
+    assert "M parameters, no discriminators\n" in capsys.readouterr().out
+    assert run(3) == 0
+    do = contents(run.folder, 3)["do"]
+    assert do["mpd"] == do["msd"] == do["optim_d"]["state"] == {}
+    assert equal_but_meta(contents(run.folder, 3), contents(tmp_path / "straight", 3))
+    write_config(run.config)
+    with pytest.raises(UserError, match="a run without discriminators, now one with them: exp"):
+        run(4)
+
+
+def test_a_run_may_go_on_without_its_discriminators(run):
+    run(1)
+    write_config(run.config, adversarial_from=None)
+    assert run(2) == 0
+    assert contents(run.folder, 2)["do"]["mpd"] == {}
+
+
 @pytest.mark.parametrize("clip", ["clip3", "clip6"])
 def test_a_file_that_is_no_audio_is_found_at_the_start(run, corpus, tmp_path, clip):
     """One to train on, by its header, and one to validate with."""

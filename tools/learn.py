@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
-from checkpoint import NEVER, State, build_state
+from checkpoint import State, build_state
 from distributed import computes_in_bfloat16
 from env import Config, UserError, load_config
 from loop import vocode_whole
@@ -75,7 +75,7 @@ def make_config(variant: Variant, seed: int, batch_size: int, adversarial: bool)
     """The config of one run."""
     values = json.loads((ROOT / variant.config).read_text()) | COMMON | variant.changes
     values |= {"seed": seed, "batch_size": batch_size}
-    values["adversarial_from"] = 0 if adversarial else NEVER
+    values["adversarial_from"] = 0 if adversarial else None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(values))

@@ -19,6 +19,7 @@ TOY = {
     "batch_size": 2,
     "num_workers": 0,
 }
+NULLS = ("fmax", "fmax_for_loss", "adversarial_from")  # for which null is a value
 
 
 def toy_values(config: str = "config_v2.json", **changes) -> dict:
@@ -32,9 +33,9 @@ def toy_config(tmp_path: Path, config: str = "config_v2.json", **changes) -> Con
 
 
 def write_config(path: Path, config: str = "config_v2.json", **changes) -> Path:
-    """Writes a shipped config at toy size; a change to None drops the key, but for the fmaxes."""
+    """Writes a shipped config at toy size; a change to None drops the key, where null is none."""
     values = toy_values(config, **changes)
-    kept = {k: v for k, v in values.items() if v is not None or k.startswith("fmax")}
+    kept = {k: v for k, v in values.items() if v is not None or k in NULLS}
     path.write_text(json.dumps(kept))
     return path
 
