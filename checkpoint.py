@@ -22,7 +22,7 @@ from typing import BinaryIO
 import torch
 from torch import nn
 
-from distributed import as_ddp, max_over_processes, rank, together, world_size
+from distributed import as_ddp, max_over_processes, rank, together
 from env import Config, UserError, load_config
 from meldataset import LogMelSpectrogram, MelLoss
 from models import Discriminators, Generator
@@ -121,18 +121,17 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
     )
 
 
-def average_gradients(state: State) -> None:
-    """Lets the processes of a run average their gradients; nothing to do in a run of one.
-
-    Raises:
-        UserError: the processes stand at different steps.
-    """
-    if world_size() == 1:
-        return
-    different = "the machines resumed from different steps; give all one --checkpoint_path"
+def agree_on_steps(state: State) -> None:
+    """Raises UserError, in every process, where they stand at different steps."""
     with together():
         if max_over_processes(state.steps) != -max_over_processes(-state.steps):
-            raise UserError(different)
+            raise UserError(
+                "the machines resumed from different steps; give all one --checkpoint_path"
+            )
+
+
+def average_gradients(state: State) -> None:
+    """Lets the processes of a run average their gradients; nothing to do in a run of one."""
     state.ddp_generator, state.ddp_discriminators = (
         as_ddp(module, state.device) for module in (state.generator, state.discriminators)
     )
@@ -371,7 +370,9 @@ def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
         say(f"{do_path}: of y-chan's port; the generator's optimizer starts anew")
     else:
         load_optimizer(state.optim_g, do["optim_g"], do_path)
-    if state.h.uses_discriminators:
+    if state.h.uses_discriminators and do["mpd"] == do["msd"] == {}:
+        say(f"{do_path}: of a run without discriminators; they start untrained")
+    elif state.h.uses_discriminators:
         load_weights(state.discriminators.mpd, do["mpd"], do_path)
         load_weights(state.discriminators.msd, do["msd"], do_path)
         load_optimizer(state.optim_d, do["optim_d"], do_path)
@@ -395,8 +396,6 @@ def _check_config(h: Config, path: Path) -> None:
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now[key]]
     if theirs.uses_misr != h.uses_misr:
         found = "a MISR's run, but now an MRF's" if theirs.uses_misr else "an MRF's, now a MISR's"
-    elif h.uses_discriminators and not theirs.uses_discriminators:
-        found = "a run without discriminators, now one with them"
     elif changed:
         found = f"{changed[0]} = {before[changed[0]]}, but now {now[changed[0]]}"
     else:
@@ -416,13 +415,18 @@ def warm_start(state: State, paths: list[Path]) -> None:
     Raises:
         UserError: a file that cannot be read, holds no weights, or none that fits.
     """
+    modules = dict(state.discriminators.named_children()) | {"generator": state.generator}
     for path in paths:
         contents = load_checkpoint(path)
         found = {name: contents[name] for name in ("mpd", "msd") if name in contents}
         if not found:
             found = {"generator": generator_weights(contents, path)}
         for name, weights in found.items():
-            module, note = getattr(state.discriminators, name, state.generator), ""
+            module, note = modules[name], ""
+            if name != "generator" and not (weights and state.h.uses_discriminators):
+                where = "config" if weights else "file"
+                say(f"{path}: {name}: nothing taken, for the {where} has no discriminators")
+                continue
             if name == "generator" and state.h.uses_misr:
                 weights, note = mrf_as_misr(weights, state.h)
             taken, left = load_matching(module, own_weights(weights, module))

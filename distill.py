@@ -25,14 +25,17 @@ average of the student, which validation hears; train.py goes on from them.
 
 import argparse
 import math
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import State, as_ddp
+from checkpoint import State, build_state
+from distributed import as_ddp, rank, world_size
 from env import Config, UserError
 from heads import by_chance
 from inference import load_generator
@@ -90,8 +93,11 @@ def check_teacher(teacher: Config, student: Config, path: Path) -> None:
             )
 
 
-def transplant(student: Generator, teacher: Generator, h: Config) -> None:
-    """Gives the student the teacher's outer layers, which stay, and its block of that kernel."""
+def transplant(student: Generator, teacher: Generator, h: Config) -> dict[str, torch.Tensor]:
+    """Gives the student the teacher's outer layers, which stay, and its block of that kernel.
+
+    Returns the outer layers.
+    """
     weights, note = mrf_as_misr(family_weights(teacher), h)
     own = student.state_dict()
     fitting = {
@@ -103,6 +109,7 @@ def transplant(student: Generator, teacher: Generator, h: Config) -> None:
     for layer in (student.conv_pre, student.ups, student.conv_post):
         layer.requires_grad_(False)
     say(f"{len(fitting)} of {len(own)} tensors from the teacher{note}")
+    return {key: value for key, value in fitting.items() if not key.startswith("resblocks.")}
 
 
 def distance(y: torch.Tensor, target: torch.Tensor, frame: int) -> torch.Tensor:
@@ -220,9 +227,10 @@ class Distillation:
         if h.uses_frames:
             taken, left = load_matching(student, teacher.state_dict())
             say(f"{len(taken)} of {len(taken) + len(left)} layers from the teacher")
+            self.outer_layers = {}
             lesson = FrameLesson(student, teacher, state.autocast())
         else:
-            transplant(student, teacher, h)
+            self.outer_layers = transplant(student, teacher, h)
             lesson = Lesson(student, teacher, h, state.autocast())
         as_speaker(teacher, state.device, state.precision)
         state.generator.load_state_dict(student.state_dict())
@@ -230,7 +238,18 @@ class Distillation:
         self.learnt, self.student = learnt, student
         self.muon = Muon(learnt, RATE * h.learning_rate, betas=(h.adam_b1, h.adam_b2))
         state.more = {"student": student, "muon": self.muon}
-        self.lesson = as_ddp(lesson.to(state.device), state.device)
+        self.lesson = lesson.to(state.device)
+
+    def start(self, state: State, compiled: bool) -> Update:
+        """Begins where `state` stands after a warm start, or after a resume; gives the update."""
+        if state.steps == 0:
+            self.student.load_state_dict(state.generator.state_dict())
+        for generator in (self.student, state.generator):  # whose blocks may be of another teacher
+            generator.load_state_dict(generator.state_dict() | self.outer_layers)
+        if compiled:
+            self.lesson.compile()
+        self.lesson = as_ddp(self.lesson, state.device)
+        return self.update
 
     def update(self, state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
         """One step; the teacher alone says what is right, so `wav` is not looked at.
@@ -238,8 +257,6 @@ class Distillation:
         Args:
             mel: [B, num_mels, T].
         """
-        if state.steps == 0:  # after a warm start, which the generator was given
-            self.student.load_state_dict(state.generator.state_dict())
         rate = self.rate(state)
         for optimizer in (self.muon, state.optim_g):  # of which the second shows it to the monitor
             for group in optimizer.param_groups:
@@ -282,16 +299,22 @@ class Distillation:
 def at_other_levels(mel: torch.Tensor, state: State) -> torch.Tensor:
     """Log-mels [B, num_mels, T], half of them quieter by a gain that follows from seed and step."""
     random = torch.Generator().manual_seed(state.h.seed * 1_000_003 + state.steps)
-    gain, chosen = torch.rand(2, len(mel), 1, 1, generator=random).to(mel.device)
+    # Of the clips of all processes, of which each has its own.
+    gain, chosen = torch.rand(2, len(mel) * world_size(), 1, 1, generator=random).to(mel.device)
+    gain, chosen = (x[rank() :: world_size()] for x in (gain, chosen))
     gain = torch.where(chosen < 0.5, QUIETEST_GAIN * gain, 0.0)
     return (mel + gain).clamp(min=SILENT_LOG_MEL)
 
 
-def prepare(a: argparse.Namespace, state: State) -> Update:
-    """Gives `state` a student of --teacher_file; returns the update that teaches it."""
-    teacher, h = load_generator(a.teacher_file, state.device)
-    check_teacher(h, state.h, a.teacher_file)
-    return Distillation(state, teacher, a.training_steps, is_warm=bool(a.warm_start)).update
+def prepare(
+    a: argparse.Namespace, h: Config, device: torch.device
+) -> tuple[State, Callable[[], Update]]:
+    """A state with a student of --teacher_file, and what gives the update that teaches it."""
+    teacher, its_h = load_generator(a.teacher_file)
+    check_teacher(its_h, h, a.teacher_file)
+    state = build_state(replace(h, adversarial_from=None), device, a.precision)
+    distillation = Distillation(state, teacher, a.training_steps, is_warm=bool(a.warm_start))
+    return state, partial(distillation.start, state, a.compile)
 
 
 def main() -> int:

@@ -341,7 +341,8 @@ def _generator_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
     expected = f"each its rate of {json.dumps(rates)} plus 0 or an even number"
     yield all(gap >= 0 and gap % 2 == 0 for gap in gaps), "upsample_kernel_sizes", expected
     expected = f"at least {2 ** len(rates)}: it is halved in each of {len(rates)} stages"
-    yield h.upsample_initial_channel >= 2 ** len(rates), "upsample_initial_channel", expected
+    holds = h.uses_frames or h.upsample_initial_channel >= 2 ** len(rates)
+    yield holds, "upsample_initial_channel", expected
     yield h.resblock in ("1", "2"), "resblock", '"1" or "2"'
     yield from _misr_checks(h) if h.uses_misr else _mrf_checks(h)
 

@@ -1,7 +1,7 @@
 """From the command line of train.py or distill.py to its run: processes, data, state.
 
 launch_or_train(arguments, prepare)    # under torchrun, a process for each GPU
-  -> train                             # makes the state, reads the data, resumes or begins
+  -> train                             # reads the data, resumes or begins
     -> loop.run
 """
 
@@ -22,8 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from audio import doubt
 from checkpoint import (
     State,
-    average_gradients,
-    build_state,
+    agree_on_steps,
     locked,
     resume,
     run_meta,
@@ -196,13 +195,12 @@ def launch(processes: int) -> int:
     return 0
 
 
-def launch_or_train(
-    a: argparse.Namespace, prepare: Callable[[argparse.Namespace, State], Update]
-) -> int:
-    """Trains as the command line says, in a process for each GPU; returns the exit status.
+# Gives a fresh state, and what gives the update once that stands where the run begins.
+Prepare = Callable[[argparse.Namespace, Config, torch.device], tuple[State, Callable[[], Update]]]
 
-    `prepare` is given a fresh state, to which it may add, and gives the update.
-    """
+
+def launch_or_train(a: argparse.Namespace, prepare: Prepare) -> int:
+    """Trains as the command line says, in a process for each GPU; returns the exit status."""
     device = select_device(a.device)
     gpus = torch.cuda.device_count() if a.device in ("auto", "cuda") else 0
     processes = gpus if gpus > 1 and "RANK" not in os.environ else world_size()
@@ -265,19 +263,15 @@ def read_data(a: argparse.Namespace, h: Config) -> tuple[MelDataset, MelDataset]
 
 
 def train(
-    a: argparse.Namespace,
-    h: Config,
-    device: torch.device,
-    prepare: Callable[[argparse.Namespace, State], Update],
-    config: bytes,
+    a: argparse.Namespace, h: Config, device: torch.device, prepare: Prepare, config: bytes
 ) -> int:
-    """Makes the state, reads the data, resumes or begins, and runs; returns the exit status.
+    """Prepares, reads the data, resumes or begins, and runs; returns the exit status.
 
     `config` is the text of the config as it was when the run began.
     """
-    folder, state = Path(a.checkpoint_path), build_state(h, device, a.precision)
+    folder = Path(a.checkpoint_path)
     with together():  # before the data, which may take long to read
-        update = prepare(a, state)
+        state, start = prepare(a, h, device)
     with together():
         clips, validation = read_data(a, h)
     with contextlib.ExitStack() as until_the_end:
@@ -285,10 +279,10 @@ def train(
             until_the_end.enter_context(locked(folder))
         with together():
             begin(a, state, config)
-        average_gradients(state)
+        agree_on_steps(state)
         with together():
             describe(state, clips, a.config, folder)
-        return run(a, state, clips, validation, update)
+        return run(a, state, clips, validation, start())
 
 
 def begin(a: argparse.Namespace, state: State, config: bytes) -> None:
@@ -305,6 +299,3 @@ def begin(a: argparse.Namespace, state: State, config: bytes) -> None:
         remove_temporary_files(folder)
         with replacing(folder / "config.json") as temporary:
             temporary.write_bytes(config)
-    if a.compile:
-        state.generator.compile()
-        state.discriminators.compile()

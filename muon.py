@@ -49,6 +49,8 @@ class Muon(torch.optim.Optimizer):
         """One update from the gradients that are there."""
         for group in self.param_groups:
             for param in group["params"]:
+                if param.grad is None:
+                    continue
                 if param.dim() > 1:
                     self._step(param, group["lr"])
                 else:

@@ -1,24 +1,26 @@
-"""Trains a vocoder: the generator of the config against HiFi-GAN's discriminators.
+"""Trains a vocoder: the generator of the config, against HiFi-GAN's discriminators if it has any.
 
     python train.py --config config_v1.json                     # every GPU here, or the CPU
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:PORT \\
         train.py --config config_v1.json                        # several machines
 
-One update is one discriminator step and one generator step, as in HiFi-GAN (section 2.4). `steps`
-counts completed updates everywhere.
+One update is one discriminator step, where there are discriminators, and one generator step, as in
+HiFi-GAN (section 2.4). `steps` counts completed updates everywhere.
 """
 
+import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from checkpoint import State
+from checkpoint import State, average_gradients, build_state
+from env import Config
 from heads import Origin
 from launch import add_arguments, launch_or_train
-from loop import Losses
+from loop import Losses, Update
 from models import discriminator_loss, feature_loss, generator_loss
 from muon import RATE, Muon
 from utils import command_line, command_parser
@@ -116,6 +118,22 @@ def frozen(module: nn.Module) -> Iterator[None]:
         module.train().requires_grad_(True)
 
 
+def prepare(
+    a: argparse.Namespace, h: Config, device: torch.device
+) -> tuple[State, Callable[[], Update]]:
+    """A fresh state, and what gives the update once that stands where the run begins."""
+    state = build_state(h, device, a.precision)
+
+    def start() -> Update:
+        if a.compile:
+            state.generator.compile()
+            state.discriminators.compile()
+        average_gradients(state)
+        return update
+
+    return state, start
+
+
 def update(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
     """What train.py does with a batch: a training step at the epoch's learning rate."""
     set_learning_rate(state)
@@ -131,7 +149,7 @@ def set_learning_rate(state: State) -> None:
 
 
 def main() -> int:
-    """Trains against HiFi-GAN's discriminators."""
+    """Trains a vocoder."""
     parser = command_parser(
         "Trains a vocoder. Run it again to resume; Ctrl-C saves and stops.",
         example="python train.py --config config_v2.json --input_wavs_dir my_voice/wavs \\\n"
@@ -139,7 +157,7 @@ def main() -> int:
         "    --input_validation_file my_voice/validation.txt --checkpoint_path cp_my_voice",
     )
     add_arguments(parser)
-    return launch_or_train(parser.parse_args(), lambda a, state: update)
+    return launch_or_train(parser.parse_args(), prepare)
 
 
 if __name__ == "__main__":

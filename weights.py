@@ -128,14 +128,16 @@ def mrf_as_misr(weights: dict[str, torch.Tensor], h: Config) -> tuple[dict[str, 
     blocks = {int(m[1]) for key in weights if (m := re.search(r"resblocks\.(\d+)\.convs", key))}
     if not blocks or is_y_chans(weights):
         return weights, ""
-    count = len(blocks) // len(h.upsample_rates)
+    stages = {int(m[1]) for key in weights if (m := re.search(r"ups\.(\d+)\.", key))}
+    count = len(blocks) // len(stages)  # of a stage
     renamed, taken = {k: v for k, v in weights.items() if "resblocks." not in k}, []
     for block in sorted(blocks):
         name = f"resblocks.{block}."
         part = {key: value for key, value in weights.items() if name in key}
         kernel_size = max(value.shape[-1] for value in part.values() if value.dim() == 3)
-        if kernel_size == h.resblock_kernel_size:
-            shared = f"resblocks.{block // count}.resblock."
+        stage = block // count
+        if kernel_size == h.resblock_kernel_size and stage < len(h.upsample_rates):
+            shared = f"resblocks.{stage}.resblock."
             renamed |= {key.replace(name, shared): value for key, value in part.items()}
             taken.append(str(block))
     return renamed, f", the shared blocks from its resblocks {', '.join(taken) or '(none fits)'}"

@@ -204,6 +204,24 @@ def test_the_student_begins_with_the_teacher_s_layers_and_its_block_of_the_same_
     assert "the shared blocks from its resblocks 2, 5, 8, 11" in capsys.readouterr().out
 
 
+def test_the_outer_layers_are_the_teacher_s_whatever_a_run_begins_with(tmp_path):
+    """After a warm start, or a resume with another teacher; the blocks are what they were."""
+    teacher = loud(Generator(toy_config(tmp_path, MRF)))
+    for steps in (0, 5):
+        learner, state = distillation(tmp_path, teacher)
+        other = Generator(state.h)
+        other.remove_weight_norm()
+        for generator in (state.generator, learner.student) if steps else (state.generator,):
+            generator.load_state_dict(other.state_dict())
+        state.steps = steps
+        assert learner.start(state, compiled=False) == learner.update
+        for generator in (state.generator, learner.student):
+            for name, weight in generator.state_dict().items():
+                is_block = name.startswith("resblocks.")
+                theirs = (other if is_block else teacher).state_dict()[name]
+                torch.testing.assert_close(weight, theirs)
+
+
 def test_a_misr_is_learnt_from_a_misr(tmp_path):
     """The student can be the teacher: so in time its errors vanish."""
     stages = {"upsample_rates": [16, 16], "upsample_kernel_sizes": [32, 32]}
@@ -349,6 +367,8 @@ def test_a_run_resumes_bit_for_bit_and_train_py_goes_on(
         )
         whole.pop("meta", None), parts.pop("meta", None)
         assert_same(whole, parts)
+    assert whole["mpd"] == whole["msd"] == {}
+    assert "no discriminators\n" in capsys.readouterr().out
     assert command(tmp_path / "parts", 8, script=train) == 0
     assert (tmp_path / "parts/do_00000008").exists()
     generator, h = load_generator(tmp_path / "parts/g_00000008")

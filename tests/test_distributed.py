@@ -25,6 +25,8 @@ import env
 import launch
 import train
 from checkpoint import average_gradients, build_state, checkpoint_path, locked, paired_steps, save
+from distill import Distillation
+from models import Generator
 from tests.test_utils import full_disk
 from tools.stress.kill import server
 from tools.toy import ROOT, corpus_arguments, run_main, write_config
@@ -54,6 +56,18 @@ def one_step(folder: Path, config: str) -> None:
             p.grad for m in (state.generator, state.discriminators) for p in m.parameters()
         ]
         torch.save([means, *gradients], folder / f"{config}_of_{world_size}")
+
+
+def one_lesson(folder: Path) -> None:
+    """Writes what the student of this process is after an update, of its own share of mels."""
+    h = env.load_config(folder / "alone.json")
+    state, rank = build_state(h, torch.device("cpu")), distributed.rank()
+    torch.manual_seed(0)
+    learner = Distillation(state, Generator(h).requires_grad_(False), None, is_warm=True)
+    update = learner.start(state, compiled=False)
+    losses = update(state, torch.randn(2, h.num_mels, 8)[rank::2], None)
+    students = [p.detach() for p in learner.student.parameters()]
+    torch.save([losses["gen_loss_total"], *students], folder / f"student_of_{rank}")
 
 
 def words_of(act) -> str:
@@ -99,7 +113,7 @@ def errors_of_the_start(folder: Path, corpus: Path) -> None:
             a,
             env.load_config(a.config),
             torch.device("cpu"),
-            lambda *_: None,
+            train.prepare,
             b"{}",
         )
         words.append(words_of(partial(*start)))
@@ -113,6 +127,7 @@ def in_process(rank: int, port: int, folder: Path, corpus: Path) -> None:
     distributed.init_processes(torch.device("cpu"))
     one_step(folder, "toy")
     one_step(folder, "alone")
+    one_lesson(folder)
     errors_of_a_process(folder)
     errors_of_the_start(folder, corpus)
     distributed.leave_processes()
@@ -146,6 +161,13 @@ def test_two_processes_make_the_same_gradients(of_two, config):
     one, two = (torch.load(of_two / f"{config}_of_{count}") for count in (1, 2))
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_two_processes_teach_one_student(of_two):
+    (loss, *one), (other_loss, *two) = (torch.load(of_two / f"student_of_{i}") for i in (0, 1))
+    assert abs(loss - other_loss) > 1e-3 * loss
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_an_error_of_any_process_is_one_of_all_and_said_once(of_two):

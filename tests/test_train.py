@@ -27,8 +27,15 @@ from meldataset import LogMelSpectrogram, MelDataset
 from models import Generator
 from monitor import BackgroundMetrics
 from tools import textbook
-from tools.toy import corpus_arguments, run_main, speech_like, toy_config, write_config
-from weights import load_checkpoint, load_weights
+from tools.toy import (
+    corpus_arguments,
+    run_main,
+    save_checkpoint,
+    speech_like,
+    toy_config,
+    write_config,
+)
+from weights import family_weights, load_checkpoint, load_weights
 
 CPU = torch.device("cpu")
 
@@ -665,8 +672,9 @@ def test_a_run_without_discriminators_saves_none(run, tmp_path, capsys):
     assert do["mpd"] == do["msd"] == do["optim_d"]["state"] == {}
     assert equal_but_meta(contents(run.folder, 3), contents(tmp_path / "straight", 3))
     write_config(run.config)
-    with pytest.raises(UserError, match="a run without discriminators, now one with them: exp"):
-        run(4)
+    assert run(4) == 0
+    assert "do_00000003: of a run without discriminators; they start" in capsys.readouterr().out
+    assert contents(run.folder, 4)["do"]["mpd"]
 
 
 def test_a_run_may_go_on_without_its_discriminators(run):
@@ -725,6 +733,38 @@ def test_warm_start_takes_what_fits(run, tmp_path, capsys):
     assert "not taken: resblocks.0.input_conv" in output
     assert "do_00000009: msd: 24 of 24 layers taken\n" in output
     assert state.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        (None, 0, "do_00000001: msd: nothing taken, for the file has no discriminators\n"),
+        (0, None, "do_00000001: msd: nothing taken, for the config has no discriminators\n"),
+    ],
+)
+def test_warm_start_goes_on_where_there_are_no_discriminators(run, capsys, theirs, ours, said):
+    write_config(run.config, adversarial_from=theirs)
+    run(1)
+    write_config(run.config, adversarial_from=ours)
+    state = build_state(load_config(run.config), CPU)
+    warm_start(state, [checkpoint_path(run.folder, p, 1) for p in ("g", "do")])
+    output = capsys.readouterr().out
+    assert re.search(r"g_00000001: generator: (\d+) of \1 layers taken", output)
+    assert output.endswith(said)
+
+
+def test_an_mrf_of_more_stages_gives_the_blocks_of_the_first(tmp_path, capsys):
+    """HiFi-GAN's V1 has four stages, an iSTFT head two after the same first layers."""
+    torch.manual_seed(0)
+    theirs = Generator(toy_config(tmp_path, "configs/hifigan_v1.json"))
+    path = tmp_path / "g_00000001"
+    save_checkpoint(path, {"generator": family_weights(theirs)})
+    state = build_state(toy_config(tmp_path, "configs/istft_v1.json"), CPU)
+    warm_start(state, [path])
+    output = capsys.readouterr().out
+    assert re.search(r"the shared blocks from its resblocks 2, 5;", output)
+    ours = state.generator.resblocks[1].resblock.convs1[0].weight
+    torch.testing.assert_close(ours, theirs.resblocks[5].convs1[0].weight)
 
 
 def test_warm_start_is_for_new_runs_only(run, capsys):
