@@ -183,7 +183,7 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
         say(
             one_line(
                 f"{path}: {clamped / samples:.0%} of its samples were beyond full scale and are "
-                "clamped; is the mel by the recipe of the checkpoint's config?"
+                "clamped; is the mel louder than speech, or not by the config's recipe?"
             )
         )
 

@@ -48,7 +48,7 @@ TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_
 # read with it, and much of it could change without a tensor's shape telling.
 CHANGEABLE_KEYS = {
     *("segment_size", "batch_size", "learning_rate", "adam_b1", "adam_b2", "lr_decay", "seed"),
-    *("num_workers", "lambda_mel", "lambda_feature", "adversarial_from"),
+    *("num_workers", "lambda_mel", "lambda_feature", "adversarial_from", "consistency_steps"),
     *("fmax_for_loss", "n_ffts_for_loss", "num_mels_for_loss"),
 }
 
@@ -358,7 +358,8 @@ def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
     for path, contents, keys in ((g_path, g, ["generator"]), (do_path, do, wanted)):
         missing = [key for key in keys if key not in contents]
         if missing:
-            raise UserError(f"{path}: holds no {', '.join(missing)}")
+            of_distill = "; a run of train.py goes on by train.py" if state.more else ""
+            raise UserError(f"{path}: holds no {', '.join(missing)}{of_distill}")
     for key in ("steps", "epoch", "epoch_step"):
         if not isinstance(count := do.get(key, 0), int) or count < 0:
             raise UserError(f"{do_path}: {key} = {count!r}; expected a count")
@@ -396,6 +397,9 @@ def _check_config(h: Config, path: Path) -> None:
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now[key]]
     if theirs.uses_misr != h.uses_misr:
         found = "a MISR's run, but now an MRF's" if theirs.uses_misr else "an MRF's, now a MISR's"
+    elif theirs.uses_frames != h.uses_frames:
+        kinds = ("with" if each.uses_frames else "without" for each in (theirs, h))
+        found = "a run {} consistency_steps, but now {}".format(*kinds)
     elif changed:
         found = f"{changed[0]} = {before[changed[0]]}, but now {now[changed[0]]}"
     else:

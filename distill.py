@@ -225,8 +225,8 @@ class Distillation:
         for generator in (student, state.generator):
             generator.remove_weight_norm()
         if h.uses_frames:
-            taken, left = load_matching(student, teacher.state_dict())
-            say(f"{len(taken)} of {len(taken) + len(left)} layers from the teacher")
+            taken, _ = load_matching(student, teacher.state_dict())
+            say(f"{len(taken)} layers from the teacher")
             self.outer_layers = {}
             lesson = FrameLesson(student, teacher, state.autocast())
         else:

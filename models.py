@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 from env import Config
 from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, reshape, scale_conv
 from heads import LRELU_SLOPE, HarmonicSTFT, InverseSTFT, Origin
+from meldataset import SILENT_LOG_MEL
 from voice import Voice
 
 POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, its weights need it
@@ -194,6 +195,8 @@ class Generator(nn.Module):
 
         An origin says where in a longer mel this one lies, so that the voice goes on.
         """
+        if isinstance(self.istft, HarmonicSTFT):  # some pad with less than silence
+            mel = mel.clamp(min=SILENT_LOG_MEL)
         x, voice = self.channels(mel), None
         if isinstance(self.istft, HarmonicSTFT):
             wav, voice = self.istft(x, mel, origin or Origin())

@@ -34,6 +34,7 @@ SHORT = {
     "mel_spec_error": "mel",
     "gen_loss_mel": "mel loss",
     "gen_loss_energy": "energy distance",
+    "gen_loss_voice": "voice",
     "log_magnitude": "log magnitude",
 }
 LONG = {
@@ -42,6 +43,7 @@ LONG = {
     "mel_spec_error": "Mel-Spec. Error",
     "gen_loss_mel": "Mel Loss",
     "gen_loss_energy": "Energy Distance",
+    "gen_loss_voice": "Voice",
     "pitch": "Pitch",
     "noise": "Noise",
     "log_magnitude": "Log Magnitude",

@@ -278,10 +278,8 @@ def test_a_student_at_the_mel_s_rate_begins_with_the_teacher_s_layers_that_fit(t
         ours = generator.state_dict()
         taken = {key for key, value in theirs.items() if torch.equal(ours[key], value)}
         assert taken == {key for key in theirs if ".refiner." not in key}
-    layers = {key.rpartition(".")[0] for key in theirs}
-    fitting = {layer for layer in layers if ".refiner." not in layer}
-    said = f"{len(fitting)} of {len(layers)} layers from the teacher"
-    assert said in capsys.readouterr().out
+    fitting = {key.rpartition(".")[0] for key in theirs if ".refiner." not in key}
+    assert f"{len(fitting)} layers from the teacher" in capsys.readouterr().out
 
 
 def test_the_whole_comes_in_when_most_of_the_run_is_done_or_at_once_after_a_warm_start(tmp_path):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from checkpoint import build_state
 from env import UserError, load_config
@@ -20,7 +21,7 @@ from heads import (
     _with_magnitude,
 )
 from inference import Streamer, prepare, synthesize
-from meldataset import REPULSION, LogMelSpectrogram, MelLoss
+from meldataset import REPULSION, SILENT_LOG_MEL, LogMelSpectrogram, MelLoss
 from models import Generator, discriminator_loss
 from tools.toy import speech_like, toy_config, write_config
 from train import LAMBDA_VOICE, training_step
@@ -320,6 +321,17 @@ def test_in_bfloat16_the_refiner_is_too_and_the_spectrum_is_not(tmp_path):
     assert generator.conv_post.weight.dtype == wavs["bf16"].dtype == torch.float32
     mels = [LogMelSpectrogram(h, h.fmax)(wav) for wav in wavs.values()]
     assert 0 < float((mels[0] - mels[1]).abs().mean()) < 0.1
+
+
+def test_padding_with_less_than_silence_is_silence(tmp_path):
+    """Acoustic models may pad log-mels with log(1e-10), say, which the refiner would shout at."""
+    h = toy_config(tmp_path, FRAMES)
+    torch.manual_seed(0)
+    generator = prepare(Generator(h), torch.device("cpu"), "fp32")
+    mel = torch.randn(1, h.num_mels, 12).clamp(-2, 2) - 5
+    padded = (F.pad(mel, (4, 4), value=value) for value in (SILENT_LOG_MEL, math.log(1e-10)))
+    silent, less = map(generator, padded)
+    torch.testing.assert_close(less, silent, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -677,6 +677,16 @@ def test_a_run_without_discriminators_saves_none(run, tmp_path, capsys):
     assert contents(run.folder, 4)["do"]["mpd"]
 
 
+def test_a_run_may_go_on_with_other_consistency_steps(run):
+    write_config(run.config, "configs/frame_v3.json", consistency_steps=1)
+    run(1)
+    write_config(run.config, "configs/frame_v3.json", consistency_steps=2)
+    assert run(2) == 0
+    write_config(run.config)
+    with pytest.raises(UserError, match="a run with consistency_steps, but now without: expected"):
+        run(3)
+
+
 def test_a_run_may_go_on_without_its_discriminators(run):
     run(1)
     write_config(run.config, adversarial_from=None)

@@ -341,6 +341,21 @@ def test_a_file_is_not_converted_onto_itself(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_file_is_not_converted_into_a_folder_of_another_generator(tmp_path):
+    first = new_checkpoint(tmp_path / "first")
+    second = new_checkpoint(tmp_path / "second", resblock_num=2)
+    (tmp_path / "shipped").mkdir()
+    flags = ("--output_dir", tmp_path / "shipped")
+    for _ in range(2):
+        run_main(convert, "--checkpoint_file", first, *flags)
+    (tmp_path / "shipped/g_00000001").unlink()
+    with pytest.raises(
+        UserError, match=r"shipped/config\.json: of another generator; name another"
+    ):
+        run_main(convert, "--checkpoint_file", second, *flags)
+    assert [path.name for path in (tmp_path / "shipped").iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize("std", [0.003, 0.1, 3.0])
 def test_a_first_step_from_folded_weights_changes_them_little(std):
     """As from HiFi-GAN's own; and the weight is the same, bit for bit."""

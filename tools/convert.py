@@ -28,13 +28,16 @@ def main() -> None:
     a = parser.parse_args()
     if a.output_dir.resolve() == a.checkpoint_file.resolve().parent:
         raise UserError(f"{a.output_dir}: holds {a.checkpoint_file} itself; name another folder")
+    config, kept = a.checkpoint_file.with_name("config.json"), a.output_dir / "config.json"
     generator, _ = load_generator(a.checkpoint_file)
+    if kept.exists() and kept.read_bytes() != config.read_bytes():
+        raise UserError(f"{kept}: of another generator; name another --output_dir")
     weights = {key: value.half() for key, value in generator.state_dict().items()}
     path = a.output_dir / a.checkpoint_file.name
     with temporary_beside(path) as temporary:
         write_checkpoint(temporary, {"generator": weights}, path)
         put(temporary, path)
-    shutil.copy(a.checkpoint_file.with_name("config.json"), a.output_dir)
+    shutil.copy(config, kept)
     sizes = [file.stat().st_size / 1e6 for file in (a.checkpoint_file, path)]
     print(f"{path}: {sizes[1]:.1f} MB, {sizes[0]:.1f} MB before")
 
