@@ -16,7 +16,7 @@ from models import Generator
 dependencies = ["torch", "numpy", "librosa", "soundfile", "scipy", "tqdm"]
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-BEST = "misr_v1_universal"
+BEST = "frame_v2_universal"
 
 
 def misrnet(name: str = BEST, device: str = "cpu", precision: str = "fp32") -> Generator:

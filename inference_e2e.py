@@ -73,19 +73,22 @@ def speak(streamer: Streamer, source: BinaryIO, sink: BinaryIO, most_frames: int
         BrokenPipeError: nobody listens any more.
     """
     num_mels = streamer.generator.conv_pre.in_channels
-    heard, rest = 0, b""
-    while data := source.read1(most_frames * num_mels * 4):
+    heard, rest, is_good = 0, b"", True
+    while is_good and (data := source.read1(most_frames * num_mels * 4)):
         data = rest + data
         frames = len(data) // (num_mels * 4)
         rest = data[frames * num_mels * 4 :]
         mel = np.frombuffer(data, "<f4", frames * num_mels).reshape(frames, num_mels).T
-        if not np.isfinite(mel).all():
-            raise UserError(f"standard input: NaN or infinity after frame {heard}")
-        heard += frames
-        sink.write(pcm16(streamer.feed(mel)))
+        finite = np.isfinite(mel).all(axis=0)
+        is_good = bool(finite.all())
+        good = frames if is_good else int(finite.argmin())
+        heard += good
+        sink.write(pcm16(streamer.feed(mel[:, :good])))
         sink.flush()
     sink.write(pcm16(streamer.flush()))
     sink.flush()
+    if not is_good:
+        raise UserError(f"standard input: NaN or infinity after frame {heard}")
     if rest or not heard:
         expected = f"each of {num_mels} float32, {num_mels * 4} bytes"
         raise UserError(

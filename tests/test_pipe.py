@@ -89,17 +89,18 @@ def test_a_stream_cut_amid_a_frame_is_spoken_and_said(pipe, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("frames", "said"),
+    ("frames", "said", "spoken"),
     [
-        (b"", "0 frames and 0 bytes; expected each of 80"),
-        (NAN_LAST, "NaN or infinity after frame 0"),
+        (b"", "0 frames and 0 bytes; expected each of 80", 0),
+        (NAN_LAST, "NaN or infinity after frame 1", 1),
     ],
     ids=["nothing", "NaN"],
 )
-def test_what_is_no_mel_is_refused(checkpoint, frames, said):
-    generator, _ = load_generator(checkpoint)
+def test_what_is_no_mel_is_refused_and_what_came_before_is_spoken(checkpoint, frames, said, spoken):
+    (generator, h), sound = load_generator(checkpoint), io.BytesIO()
     with pytest.raises(UserError, match=said):
-        speak(Streamer(generator), io.BytesIO(frames), io.BytesIO(), most_frames=9)
+        speak(Streamer(generator), io.BytesIO(frames), sound, most_frames=9)
+    assert len(sound.getvalue()) == 2 * spoken * h.hop_size
 
 
 def test_it_ends_without_a_word_when_nobody_listens(pipe):

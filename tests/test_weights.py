@@ -349,9 +349,7 @@ def test_a_file_is_not_converted_into_a_folder_of_another_generator(tmp_path):
     for _ in range(2):
         run_main(convert, "--checkpoint_file", first, *flags)
     (tmp_path / "shipped/g_00000001").unlink()
-    with pytest.raises(
-        UserError, match=r"shipped/config\.json: of another generator; name another"
-    ):
+    with pytest.raises(UserError, match=r"shipped/config\.json: of another generator; name"):
         run_main(convert, "--checkpoint_file", second, *flags)
     assert [path.name for path in (tmp_path / "shipped").iterdir()] == ["config.json"]
 
