@@ -53,10 +53,8 @@ class InverseSTFT(nn.Module):
         window = torch.hann_window(n_fft, dtype=torch.float64)
         bins = torch.eye(n_fft // 2 + 1, dtype=torch.complex128)
         basis = torch.fft.irfft(torch.cat([bins, 1j * bins]), n=n_fft) * window
-        self.register_buffer("basis", basis.unsqueeze(1).float(), persistent=False)
-        self.register_buffer(
-            "squared_window", window.square()[None, None].float(), persistent=False
-        )
+        _keep(self, "basis", basis.unsqueeze(1).float())
+        _keep(self, "squared_window", window.square()[None, None].float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         log_magnitude, phase = x.chunk(2, dim=1)

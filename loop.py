@@ -294,7 +294,7 @@ def report(a: argparse.Namespace, state: State, losses: Losses, monitor: Monitor
         monitor.summary(state, losses)
 
 
-def count_update(state: State, losses: dict[str, torch.Tensor], steps_per_epoch: int) -> None:
+def count_update(state: State, losses: Losses, steps_per_epoch: int) -> None:
     """Counts a completed update and notes, on the device, whether its losses were finite."""
     state.steps += 1
     state.epoch_step += 1

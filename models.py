@@ -23,6 +23,7 @@ from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, re
 from heads import LRELU_SLOPE, HarmonicSTFT, InverseSTFT, Origin
 from meldataset import SILENT_LOG_MEL
 from voice import Voice
+from weights import at_least_fp32
 
 POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, its weights need it
 
@@ -422,7 +423,7 @@ def discriminator_loss(real_scores: list, fake_scores: list) -> torch.Tensor:
     Takes a score [B, S] of each discriminator; gives a scalar.
     """
     return sum(
-        (1 - _at_least_fp32(real)).square().mean() + _at_least_fp32(fake).square().mean()
+        (1 - at_least_fp32(real)).square().mean() + at_least_fp32(fake).square().mean()
         for real, fake in zip(real_scores, fake_scores, strict=True)
     )
 
@@ -432,7 +433,7 @@ def generator_loss(fake_scores: list) -> torch.Tensor:
 
     Takes a score [B, S] of each discriminator; gives a scalar.
     """
-    return sum((1 - _at_least_fp32(fake)).square().mean() for fake in fake_scores)
+    return sum((1 - at_least_fp32(fake)).square().mean() for fake in fake_scores)
 
 
 def feature_loss(real_features: list, fake_features: list) -> torch.Tensor:
@@ -442,12 +443,7 @@ def feature_loss(real_features: list, fake_features: list) -> torch.Tensor:
     of a period. Gives a scalar, which the caller weights.
     """
     return sum(
-        F.l1_loss(_at_least_fp32(fake), _at_least_fp32(real))
+        F.l1_loss(at_least_fp32(fake), at_least_fp32(real))
         for reals, fakes in zip(real_features, fake_features, strict=True)
         for real, fake in zip(reals, fakes, strict=True)
     )
-
-
-def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """Autocast's bfloat16 as float32; float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -66,7 +66,10 @@ def own_weights(weights: dict[str, torch.Tensor], module: nn.Module) -> dict[str
         renamed[f"{layer}.{names.get(name, name)}"] = value
     own = module.state_dict()
     for key in list(own):
-        _fold(renamed, key) if key.endswith(".weight") else _unfold(renamed, key)
+        if key.endswith(".weight"):
+            _fold(renamed, key)
+        else:
+            _unfold(renamed, key)
     return renamed
 
 
