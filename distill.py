@@ -13,8 +13,8 @@ MISR is then given what the teacher's MRF of its stage is given, and learns to g
                                   |     ^      |     ^
     student                       +-> MISR     +-> MISR      each alone, all in one update
 
-and all of them together, each given what the one before has made, learn to make a waveform of the
-teacher's mel: for small errors, stage after stage, take energy from the sound.
+and all of them in a row, each given what the one before has made, learn to make a waveform of the
+teacher's mel, because small errors add up and cost energy.
 
 A light generator at the mel's own rate learns from a larger one: the voice that it hears in a mel
 and, of the same pulses and noise, the magnitudes that it makes.

@@ -1,4 +1,4 @@
-"""What makes a waveform of a generator's last channels where they are spectra."""
+"""Heads that make a waveform of a generator's last channels, read as spectra."""
 
 import itertools
 import math
@@ -88,12 +88,13 @@ class HarmonicSTFT(nn.Module):
     """Pulses and noise, given the mel's spectrum: [B, channels, T], mel -> [B, 1, T * hop_size].
 
     The channels are, for each frame, a pitch, how much of each bin is noise, a correction of its
-    magnitude, and hints for the refiner. A mel says little of phases, and what is learnt of them by
-    regression is a hum; but pulses at the right pitch, and noise, have phases like speech. In a
-    voice, noise comes in bursts, one with each pulse. Their STFT is brought to the mel's levels,
-    band by band, corrected, and refined. What comes out is no STFT of any waveform, so the inverse
-    is followed by `consistency_steps`: STFT, keep the phase, put the magnitude back, inverse STFT,
-    with momentum. One trains with the phases to which these lead, but not through the steps.
+    magnitude, and hints for the refiner. A mel says little of phases, and those that are learnt by
+    regression sound like a hum; but pulses at the right pitch, and noise, have phases like speech.
+    In a voice, noise comes in bursts, one with each pulse. Their STFT is brought to the levels of
+    the mel, band by band, corrected, and refined. What comes out is no STFT of any waveform, so the
+    inverse is followed by `consistency_steps`: STFT, keep the phase, put the magnitude back,
+    inverse STFT, with momentum. One trains with the phases to which these lead, but not through the
+    steps.
 
     Pitch and noise are learnt from what voice.py measures, and no other gradient reaches them: of
     two spectra with unlike phases, the noisier one is the nearer.

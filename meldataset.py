@@ -104,10 +104,10 @@ class MelLoss(nn.Module):
     quarter of one apart. Long windows resolve the harmonics of a voice, so that a generator learns
     its pitch without adversaries too; with the one mel alone it hums at the rate of the frames.
 
-    Two draws of a generator to which chance belongs have an energy distance: without it, such a
-    generator learns the middle of what may be, for which no noise is the best noise. There, bins
-    are compared too, each averaged over LASTING frames: bands hide how a level is shared out among
-    the bins within, single frames are all chance.
+    A generator to which chance belongs has an energy distance, over two draws: by a plain distance
+    it would learn the average of all that may be, which has no noise. There, bins are compared too,
+    each averaged over LASTING frames: bands hide how a level is shared out among the bins within,
+    single frames are all chance.
 
     Source: Yamamoto et al., "Parallel WaveGAN", section 2.2, for several resolutions; Gritsenko et
     al., "A Spectral Energy Distance for Parallel Speech Synthesis", NeurIPS 2020.

@@ -35,8 +35,8 @@ class VoiceMeter(nn.Module):
     """wav [B, N] -> log_f0 [B, T], periodicity [B, T] and noise [B, T, bins], T = N // hop_size.
 
     The pitch is the lag at which a frame is most like itself, by normalised cross-correlation; the
-    periodicity, 0 to 1, is how like. A bin's noise is what of a band around it does not repeat at
-    that lag, squared: windows in which the pitch glides take some of the voice for noise.
+    periodicity, 0 to 1, is how like. A bin's noise is the share of a band around it that does not
+    repeat at that lag, squared, for a gliding pitch looks like noise.
 
     Source: Talkin, "A robust algorithm for pitch tracking", 1995, without its dynamic programming.
     """
