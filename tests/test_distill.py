@@ -307,6 +307,16 @@ def test_levels_follow_from_seed_and_step_and_silence_stays(tmp_path):
     assert float(at_other_levels(torch.full((64, 80, 2), -11.5), state).min()) > -11.52
 
 
+def test_levels_are_those_of_one_process_whatever_their_number(tmp_path, monkeypatch):
+    state = SimpleNamespace(h=toy_config(tmp_path), steps=3)
+    mel = torch.linspace(-6, -4, 8).view(8, 1, 1).expand(8, 80, 2)
+    whole = at_other_levels(mel, state)
+    monkeypatch.setattr(distill, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(distill, "rank", lambda r=rank: r)
+        assert torch.equal(at_other_levels(mel[rank::2], state), whole[rank::2])
+
+
 @pytest.fixture
 def configs(request):
     """Of a teacher, and of a student."""
