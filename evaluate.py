@@ -12,13 +12,14 @@ requirements-nodeps.txt; a metric whose library is missing is left out.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -117,8 +118,19 @@ def processes(count: int) -> Iterator[Callable]:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's threads: the workers inherit it
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _prepare_worker)
+
+    def run(function: Callable, items: Iterable) -> Iterator:
+        """The first item alone: numba compiles for it.
+
+        Its cache, written by several processes at once, can make all crash that read it.
+        """
+        items = iter(items)
+        for first in itertools.islice(items, 1):
+            yield pool.submit(function, first).result()
+        yield from pool.map(function, items)
+
     try:
-        yield pool.map
+        yield run
     except BrokenProcessPool:
         raise UserError(
             "a worker was killed, for memory perhaps; try fewer --workers, 1 to see which file"

@@ -7,6 +7,11 @@ from pathlib import Path
 
 # Threads only get in each other's way at toy size. Set before torch loads; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# numba's cache, written by several processes at once, can make all crash that read it.
+os.environ["NUMBA_CACHE_DIR"] = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+    *(".pytest_cache", "numba", os.environ.get("PYTEST_XDIST_WORKER", "alone")),
+)
 
 import pytest
 import torch
