@@ -166,6 +166,13 @@ def test_muon_takes_nesterov_steps_of_one_size():
         torch.testing.assert_close(conv.weight.detach(), before)
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 2), (4,)])
+def test_muon_leaves_alone_what_has_no_gradient(shape):
+    idle = torch.nn.Parameter(torch.ones(shape))
+    Muon([idle], 0.01, (0.8, 0.99)).step()
+    assert torch.equal(idle, torch.ones(shape))
+
+
 def test_biases_take_the_steps_of_adamw():
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
     betas = (0.8, 0.99)

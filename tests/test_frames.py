@@ -348,6 +348,12 @@ def test_configs_that_make_no_sense_are_refused(tmp_path, changes, message):
         load_config(write_config(tmp_path / "config.json", FRAMES, **changes))
 
 
+def test_nothing_is_halved_from_stage_to_stage(tmp_path):
+    stages = {"upsample_rates": [1] * 5, "upsample_kernel_sizes": [1] * 5}
+    h = toy_config(tmp_path, FRAMES, upsample_initial_channel=16, **stages)
+    assert Generator(h).conv_post.in_channels == 16
+
+
 def test_every_weight_learns(tmp_path):
     h = toy_config(tmp_path, FRAMES)
     torch.manual_seed(0)
