@@ -358,8 +358,9 @@ def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
     for path, contents, keys in ((g_path, g, ["generator"]), (do_path, do, wanted)):
         missing = [key for key in keys if key not in contents]
         if missing:
-            of_distill = "; a run of train.py goes on by train.py" if state.more else ""
-            raise UserError(f"{path}: holds no {', '.join(missing)}{of_distill}")
+            is_trains = state.more.keys() >= set(missing)
+            hint = "; a run of train.py goes on by train.py" if is_trains else ""
+            raise UserError(f"{path}: holds no {', '.join(missing)}{hint}")
     for key in ("steps", "epoch", "epoch_step"):
         if not isinstance(count := do.get(key, 0), int) or count < 0:
             raise UserError(f"{do_path}: {key} = {count!r}; expected a count")

@@ -386,6 +386,8 @@ def test_a_run_resumes_bit_for_bit_and_train_py_goes_on(
     assert "no discriminators\n" in capsys.readouterr().out
     assert command(tmp_path / "parts", 8, script=train) == 0
     assert (tmp_path / "parts/do_00000008").exists()
+    with pytest.raises(UserError, match=r"8: holds no student, muon; a run of train\.py goes on"):
+        command(tmp_path / "parts", 9)
     generator, h = load_generator(tmp_path / "parts/g_00000008")
     assert len(synthesize(generator, torch.zeros(h.num_mels, 5))) == 5 * h.hop_size
 

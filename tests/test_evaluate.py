@@ -5,6 +5,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import librosa
@@ -277,6 +279,22 @@ def test_files_are_listed_only_when_asked_for(tmp_path, capsys):
     report = run(tmp_path)
     assert "clip0" not in capsys.readouterr().out
     assert report["metrics"]["mel_l1"]["systems"]["g"]["interval"] is None  # of one file
+
+
+def done_before(folder: Path, number: int) -> list[str]:
+    """The items that were done when this one began; it takes longer than the start of others."""
+    done = sorted(path.name for path in folder.iterdir())
+    time.sleep(0.5)
+    (folder / str(number)).touch()
+    return done
+
+
+def test_the_first_item_is_done_alone(tmp_path):
+    with evaluate.processes(2) as run:
+        first, *others = run(partial(done_before, tmp_path), range(4))
+    assert first == []
+    assert len(others) == 3
+    assert all("0" in done for done in others)
 
 
 def test_result_does_not_depend_on_the_workers(tmp_path):

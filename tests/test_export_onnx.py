@@ -104,7 +104,7 @@ def test_pulses_and_noise_are_the_same_in_onnx_runtime(tmp_path, capsys):
 
 
 def test_the_shipped_weights_of_pulses_are_exported(tmp_path):
-    (file,) = (ROOT / "pretrained/frame_v3_universal").glob("g_*")
+    (file,) = (ROOT / "pretrained/frame_v2_universal").glob("g_*")
     output = tmp_path / "misrnet.onnx"
     assert run_main(export_onnx, "--checkpoint_file", file, "--output", output) == 0
     session = onnxruntime.InferenceSession(output)

@@ -110,9 +110,8 @@ def size_row(config: str) -> Row:
     with torch.device("meta"):  # counts need no values
         discriminators = Discriminators(h)
         # Counted on the textbook's, which are not folded; they take a real and a generated one.
-        by_the_book = [textbook.MultiPeriod(mult), textbook.MultiScale(mult)]
-        if not h.uses_discriminators:
-            by_the_book = []
+        both = (textbook.MultiPeriod(mult), textbook.MultiScale(mult))
+        by_the_book = both if h.uses_discriminators else ()
         wav = torch.zeros(1, 1, MEASURED_FRAMES * h.hop_size)
         discriminator_macs = sum(macs_per_second(each, h, wav, wav) / 2 for each in by_the_book)
     return {
