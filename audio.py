@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from env import UserError, one_line
-from utils import replacing, say
+from utils import atomic_write, say
 
 # What libsndfile reads, by extension; the first that exists is taken for an id.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
@@ -135,7 +135,7 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
     return mel
 
 
-def doubt(mel: torch.Tensor) -> str | None:
+def mel_warning(mel: torch.Tensor) -> str | None:
     """Why a mel [num_mels, T] is hardly a log-mel by HiFi-GAN's recipe, or None.
 
     Other recipes have another logarithm, floor or scale; what comes of a batch is padded by 0.
@@ -176,7 +176,7 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
         file.writeframesraw(pcm.numpy().tobytes())
 
     # Not with soundfile, to which a full disk is a "System error".
-    with replacing(path) as temporary, wave.open(str(temporary), "wb") as file:
+    with atomic_write(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setparams((1, 2, sampling_rate, 0, "NONE", ""))
         yield write
     if clamped > MUCH_CLAMPED * samples:
@@ -198,5 +198,5 @@ def write_npy(path: str | Path, array: np.ndarray) -> None:
     """Writes one array as a .npy file."""
     buffer = io.BytesIO()  # into a file, numpy overlooks a disk that fills at the very end
     np.save(buffer, array)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())

@@ -22,22 +22,22 @@ from typing import BinaryIO
 import torch
 from torch import nn
 
-from distributed import as_ddp, max_over_processes, rank, together
+from distributed import as_ddp, max_over_processes, raise_on_all_ranks, rank
 from env import Config, UserError, load_config
-from meldataset import LogMelSpectrogram, MelLoss
+from losses import MelLoss, SourceLoss
+from meldataset import LogMelSpectrogram
 from models import Discriminators, Generator
 from muon import RATE, Muon
 from utils import WriteError, put, say, temporary_beside
-from voice import VoiceLoss
 from weights import (
-    family_weights,
     generator_weights,
     is_y_chans,
     load_checkpoint,
     load_matching,
     load_weights,
     mrf_as_misr,
-    own_weights,
+    to_hifigan_names,
+    to_native_names,
 )
 
 ROOT = Path(__file__).parent
@@ -48,7 +48,13 @@ TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_
 # read with it, and much of it could change without a tensor's shape telling.
 CHANGEABLE_KEYS = {
     *("segment_size", "batch_size", "learning_rate", "adam_b1", "adam_b2", "lr_decay", "seed"),
-    *("num_workers", "lambda_mel", "lambda_feature", "adversarial_from", "consistency_steps"),
+    *(
+        "num_workers",
+        "lambda_mel",
+        "lambda_feature",
+        "discriminator_train_start_steps",
+        "griffin_lim_steps",
+    ),
     *("fmax_for_loss", "n_ffts_for_loss", "num_mels_for_loss"),
 }
 
@@ -67,7 +73,7 @@ class State:
     optim_g: torch.optim.Optimizer
     optim_d: torch.optim.Optimizer
     mel_loss: MelLoss  # (wav_hat [B, N], wav [B, N]) -> []
-    voice_loss: VoiceLoss | None  # (voice, wav [B, N]) -> [], where the generator hears a voice
+    voice_loss: SourceLoss | None  # (voice, wav [B, N]) -> [], where the generator hears a voice
     mel_for_loss: LogMelSpectrogram  # [B, N] -> [B, num_mels, T], for validation whatever the loss
     # The same modules, which in one process of several average their gradients over all.
     ddp_generator: nn.Module
@@ -113,7 +119,7 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
         optim_g=optim_g,
         optim_d=optim_d,
         mel_loss=MelLoss(h).to(device),
-        voice_loss=VoiceLoss(h).to(device) if h.uses_frames else None,
+        voice_loss=SourceLoss(h).to(device) if h.is_frame_rate else None,
         mel_for_loss=LogMelSpectrogram(h, h.fmax_for_loss).to(device),
         ddp_generator=generator,
         ddp_discriminators=discriminators,
@@ -123,7 +129,7 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
 
 def agree_on_steps(state: State) -> None:
     """Raises UserError, in every process, where they stand at different steps."""
-    with together():
+    with raise_on_all_ranks():
         if max_over_processes(state.steps) != -max_over_processes(-state.steps):
             raise UserError(
                 "the machines resumed from different steps; give all one --checkpoint_path"
@@ -225,7 +231,7 @@ def save(state: State, folder: Path, keep: int) -> None:
         last_good = _last_good(folder, state.steps)
         raise UserError(f"a weight is not finite at step {state.steps}; {last_good}")
     state.saved_steps = state.steps
-    with together():
+    with raise_on_all_ranks():
         if rank() == 0:
             _write_pair(state, folder)
             _prune(folder, state.steps, keep)
@@ -233,8 +239,8 @@ def save(state: State, folder: Path, keep: int) -> None:
 
 def _write_pair(state: State, folder: Path) -> None:
     contents = {
-        "mpd": family_weights(state.discriminators.mpd),
-        "msd": family_weights(state.discriminators.msd),
+        "mpd": to_hifigan_names(state.discriminators.mpd),
+        "msd": to_hifigan_names(state.discriminators.msd),
         "optim_g": state.optim_g.state_dict(),
         "optim_d": state.optim_d.state_dict(),
         "steps": state.steps,
@@ -246,7 +252,7 @@ def _write_pair(state: State, folder: Path) -> None:
     do_path, g_path = (checkpoint_path(folder, prefix, state.steps) for prefix in ("do", "g"))
     with temporary_beside(do_path) as do_file, temporary_beside(g_path) as g_file:
         write_checkpoint(do_file, contents, do_path)
-        write_checkpoint(g_file, {"generator": family_weights(state.generator)}, g_path)
+        write_checkpoint(g_file, {"generator": to_hifigan_names(state.generator)}, g_path)
         g_path.unlink(missing_ok=True)  # of a run that has gone back since: it is not this do_'s
         put(do_file, do_path)
         put(g_file, g_path)
@@ -398,9 +404,9 @@ def _check_config(h: Config, path: Path) -> None:
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now[key]]
     if theirs.uses_misr != h.uses_misr:
         found = "a MISR's run, but now an MRF's" if theirs.uses_misr else "an MRF's, now a MISR's"
-    elif theirs.uses_frames != h.uses_frames:
-        kinds = ("with" if each.uses_frames else "without" for each in (theirs, h))
-        found = "a run {} consistency_steps, but now {}".format(*kinds)
+    elif theirs.is_frame_rate != h.is_frame_rate:
+        kinds = ("with" if each.is_frame_rate else "without" for each in (theirs, h))
+        found = "a run {} griffin_lim_steps, but now {}".format(*kinds)
     elif changed:
         found = f"{changed[0]} = {before[changed[0]]}, but now {now[changed[0]]}"
     else:
@@ -434,7 +440,7 @@ def warm_start(state: State, paths: list[Path]) -> None:
                 continue
             if name == "generator" and state.h.uses_misr:
                 weights, note = mrf_as_misr(weights, state.h)
-            taken, left = load_matching(module, own_weights(weights, module))
+            taken, left = load_matching(module, to_native_names(weights, module))
             if not taken:
                 raise UserError(f"{path}: no layer of its {name} fits the config")
             left_out = f"; not taken: {', '.join(left)}" if left else ""

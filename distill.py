@@ -37,16 +37,17 @@ from torch import nn
 from checkpoint import State, build_state
 from distributed import as_ddp, rank, world_size
 from env import Config, UserError
-from heads import by_chance
+from harmonic import random_phase_state
 from inference import load_generator
-from inference import prepare as as_speaker
+from inference import to_inference as as_speaker
 from launch import add_arguments, launch_or_train
 from loop import Losses, Update
-from meldataset import SILENT_LOG_MEL, MelLoss
+from losses import MelLoss
+from meldataset import SILENT_LOG_MEL
 from models import LRELU_SLOPE, Generator, fuse
 from muon import RATE, Muon
 from utils import command_line, command_parser, say
-from weights import family_weights, load_matching, mrf_as_misr, own_weights
+from weights import load_matching, mrf_as_misr, to_hifigan_names, to_native_names
 
 # The recipe, found by measurement: docs/distillation.md has what else was tried.
 WARM_UP = 50  # updates
@@ -72,37 +73,37 @@ WIDTH_KEYS = (
 
 def check_teacher(teacher: Config, student: Config, path: Path) -> None:
     """Raises UserError, naming the first key, where the two do not correspond."""
-    if teacher.uses_frames != student.uses_frames:
-        theirs, ours = ("with" if h.uses_frames else "without" for h in (teacher, student))
+    if teacher.is_frame_rate != student.is_frame_rate:
+        theirs, ours = ("with" if h.is_frame_rate else "without" for h in (teacher, student))
         raise UserError(
-            f"{path}: its config is {theirs} consistency_steps, the student's {ours}: expected two "
+            f"{path}: its config is {theirs} griffin_lim_steps, the student's {ours}: expected two "
             "generators of one kind"
         )
-    if not (student.uses_misr or student.uses_frames):
+    if not (student.uses_misr or student.is_frame_rate):
         raise UserError(
             f"{path}: teaches a MISR only, and the student's config has resblock_kernel_sizes; "
             "take config_v1.json or config_v2.json"
         )
     theirs, ours = asdict(teacher), asdict(student)
-    for key in MEL_KEYS if student.uses_frames else MEL_KEYS + WIDTH_KEYS:
+    for key in MEL_KEYS if student.is_frame_rate else MEL_KEYS + WIDTH_KEYS:
         if theirs[key] != ours[key]:
-            same = "mel" if student.uses_frames else "mel, rates and widths"
+            same = "mel" if student.is_frame_rate else "mel, rates and widths"
             raise UserError(
                 f"{path}: its config has {key} = {theirs[key]}, the student's {ours[key]}: "
                 f"expected the same {same}"
             )
 
 
-def transplant(student: Generator, teacher: Generator, h: Config) -> dict[str, torch.Tensor]:
+def init_from_teacher(student: Generator, teacher: Generator, h: Config) -> dict[str, torch.Tensor]:
     """Gives the student the teacher's outer layers, which stay, and its block of that kernel.
 
     Returns the outer layers.
     """
-    weights, note = mrf_as_misr(family_weights(teacher), h)
+    weights, note = mrf_as_misr(to_hifigan_names(teacher), h)
     own = student.state_dict()
     fitting = {
         key: value
-        for key, value in own_weights(weights, student).items()
+        for key, value in to_native_names(weights, student).items()
         if key in own and own[key].shape == value.shape
     }
     student.load_state_dict(own | fitting)
@@ -124,7 +125,7 @@ def distance(y: torch.Tensor, target: torch.Tensor, frame: int) -> torch.Tensor:
     return 0.5 * (y - target).abs().mean() / target.abs().mean() + 0.5 * by_frame
 
 
-class Lesson(nn.Module):
+class StagewiseLoss(nn.Module):
     """The student's errors for a mel [B, num_mels, T]: of stages, [stages, 2]; of the whole, [].
 
     Of a stage, the first is the error of what its MISR gives for what the teacher's MRF is given;
@@ -180,7 +181,7 @@ class Lesson(nn.Module):
         return up(F.leaky_relu(x.to(up.bias.dtype), LRELU_SLOPE))
 
 
-class FrameLesson(nn.Module):
+class HarmonicLoss(nn.Module):
     """The student's errors for a mel [B, num_mels, T], as FRAME_ERRORS: [3].
 
     Both work at the mel's own rate. The mean distances of log pitch, the more voiced a frame the
@@ -191,20 +192,20 @@ class FrameLesson(nn.Module):
     def __init__(self, student: Generator, teacher: Generator, autocast: torch.autocast):
         super().__init__()
         self.student, self.autocast = student, autocast
-        self.teacher = [teacher]  # hidden, as in Lesson
+        self.teacher = [teacher]  # hidden, as in StagewiseLoss
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         (teacher,) = self.teacher
         with torch.no_grad():
-            x = teacher.channels(mel)
-            sources = teacher.istft.sources(x, by_chance(mel))
-            _, expected = teacher.istft.spectrum(x, mel, sources)
+            x = teacher.features(mel)
+            sources = teacher.head.sources(x, random_phase_state(mel))
+            _, expected = teacher.head.spectrum(x, mel, sources)
         with self.autocast:
-            x = self.student.channels(mel)
-            log_f0, noise = self.student.istft.voice(x)
-            _, log_magnitude = self.student.istft.spectrum(x, mel, sources)
+            x = self.student.features(mel)
+            log_f0, noise = self.student.head.voice(x)
+            _, log_magnitude = self.student.head.spectrum(x, mel, sources)
         voice = sources.voice
-        voiced = teacher.istft.voiced(voice.noise)
+        voiced = teacher.head.voiced(voice.noise)
         pitch = (voiced * (log_f0 - voice.log_f0).abs()).sum() / voiced.sum().clamp(min=1)
         others = F.l1_loss(noise, voice.noise), F.l1_loss(log_magnitude, expected)
         return torch.stack([pitch.float(), *others])
@@ -224,14 +225,14 @@ class Distillation:
         student = Generator(h).to(state.device)
         for generator in (student, state.generator):
             generator.remove_weight_norm()
-        if h.uses_frames:
+        if h.is_frame_rate:
             taken, _ = load_matching(student, teacher.state_dict())
             say(f"{len(taken)} layers from the teacher")
             self.outer_layers = {}
-            lesson = FrameLesson(student, teacher, state.autocast())
+            lesson = HarmonicLoss(student, teacher, state.autocast())
         else:
-            self.outer_layers = transplant(student, teacher, h)
-            lesson = Lesson(student, teacher, h, state.autocast())
+            self.outer_layers = init_from_teacher(student, teacher, h)
+            lesson = StagewiseLoss(student, teacher, h, state.autocast())
         as_speaker(teacher, state.device, state.precision)
         state.generator.load_state_dict(student.state_dict())
         learnt = [p for p in student.parameters() if p.requires_grad]
@@ -273,7 +274,7 @@ class Distillation:
 
     def errors(self, mel: torch.Tensor, state: State) -> Losses:
         """The student's errors for a mel [B, num_mels, T], by the names that the terminal shows."""
-        if state.h.uses_frames:
+        if state.h.is_frame_rate:
             return dict(zip(FRAME_ERRORS, self.lesson(mel), strict=True))
         of_stages, of_whole = self.lesson(mel, state.steps >= self.whole_from)
         errors = {} if of_whole is None else {"gen_loss_mel": of_whole}
@@ -312,7 +313,7 @@ def prepare(
     """A state with a student of --teacher_file, and what gives the update that teaches it."""
     teacher, its_h = load_generator(a.teacher_file)
     check_teacher(its_h, h, a.teacher_file)
-    state = build_state(replace(h, adversarial_from=None), device, a.precision)
+    state = build_state(replace(h, discriminator_train_start_steps=None), device, a.precision)
     distillation = Distillation(state, teacher, a.training_steps, is_warm=bool(a.warm_start))
     return state, partial(distillation.start, state, a.compile)
 

@@ -153,7 +153,7 @@ def agree_on_error(error: UserError | None) -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Raises UserError in every process where it is raised inside in any, as `agree_on_error`."""
     error = None
     try:

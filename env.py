@@ -77,14 +77,16 @@ class Config:
     resblock_kernel_sizes: tuple[int, ...] | None = None  # MRF: one for each block
     gen_istft_n_fft: int | None = None  # iSTFT head: bins and
     gen_istft_hop_size: int | None = None  # rate of its inverse STFT, in samples
-    consistency_steps: int | None = None  # a generator at the mel's own rate: steps of its iSTFT
+    griffin_lim_steps: int | None = None  # a generator at the mel's own rate: steps of its iSTFT
     refiner_channels: int = 32  # of its refiner, whose units are as `resblock` says
 
     # Discriminators and losses
     discriminator_channel_mult: float = 1.0
     lambda_mel: float = 45.0
     lambda_feature: float = 2.0
-    adversarial_from: int | None = 0  # the update at which discriminators come in; None: none do
+    discriminator_train_start_steps: int | None = (
+        0  # the update at which discriminators come in; None: none do
+    )
     n_ffts_for_loss: tuple[int, ...] | None = None  # a mel loss of several resolutions; None: h's
     num_mels_for_loss: tuple[int, ...] | None = None  # one for each
 
@@ -123,12 +125,12 @@ class Config:
     @property
     def uses_discriminators(self) -> bool:
         """True where the generator learns against discriminators, at once or later."""
-        return self.adversarial_from is not None
+        return self.discriminator_train_start_steps is not None
 
     @property
-    def uses_frames(self) -> bool:
+    def is_frame_rate(self) -> bool:
         """True for a generator at the mel's own rate, whose iSTFT is the mel's STFT inverted."""
-        return self.consistency_steps is not None
+        return self.griffin_lim_steps is not None
 
     @property
     def uses_istft(self) -> bool:
@@ -250,7 +252,11 @@ def _checks(h: Config) -> Iterator[tuple[bool, str, str]]:
         yield getattr(h, key) > 0, key, "more than 0"
     for key in ("lambda_mel", "lambda_feature", "num_workers", "seed"):
         yield getattr(h, key) >= 0, key, "0 or more"
-    yield (h.adversarial_from or 0) >= 0, "adversarial_from", "0 or more, or null"
+    yield (
+        (h.discriminator_train_start_steps or 0) >= 0,
+        "discriminator_train_start_steps",
+        "0 or more, or null",
+    )
     for key in ("adam_b1", "adam_b2"):
         yield 0 <= getattr(h, key) < 1, key, "0 or more and less than 1"
     yield 0 < h.lr_decay <= 1, "lr_decay", "more than 0 and at most 1"
@@ -325,10 +331,10 @@ def _generator_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
         holds = 0 < hop_size <= n_fft // 2 and hop_size < h.hop_size
         expected = f"1 to half of gen_istft_n_fft, {n_fft // 2}, and less than {h.hop_size}"
         yield holds, "gen_istft_hop_size", expected
-    if h.uses_frames:
-        yield h.consistency_steps >= 0, "consistency_steps", "0 or more"
-        yield not h.uses_istft, "consistency_steps", "no such key beside gen_istft_n_fft"
-        expected = "rates of 1 beside consistency_steps, one for each block"
+    if h.is_frame_rate:
+        yield h.griffin_lim_steps >= 0, "griffin_lim_steps", "0 or more"
+        yield not h.uses_istft, "griffin_lim_steps", "no such key beside gen_istft_n_fft"
+        expected = "rates of 1 beside griffin_lim_steps, one for each block"
         yield max(rates) == 1, "upsample_rates", expected
     else:
         product = math.prod(rates) * (hop_size or 1)
@@ -341,7 +347,7 @@ def _generator_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
     expected = f"each its rate of {json.dumps(rates)} plus 0 or an even number"
     yield all(gap >= 0 and gap % 2 == 0 for gap in gaps), "upsample_kernel_sizes", expected
     expected = f"at least {2 ** len(rates)}: it is halved in each of {len(rates)} stages"
-    holds = h.uses_frames or h.upsample_initial_channel >= 2 ** len(rates)
+    holds = h.is_frame_rate or h.upsample_initial_channel >= 2 ** len(rates)
     yield holds, "upsample_initial_channel", expected
     yield h.resblock in ("1", "2"), "resblock", '"1" or "2"'
     yield from _misr_checks(h) if h.uses_misr else _mrf_checks(h)

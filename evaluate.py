@@ -32,9 +32,9 @@ import torch
 from tqdm import tqdm
 
 from env import Config, UserError, load_config
-from listen import check_page, write_page
-from metrics import METRICS, SIDES, Pair, measure
-from pairs import (
+from evaluation.metrics import METRICS, SIDES, Pair, measure
+from evaluation.page import check_page, write_page
+from evaluation.pairs import (
     DELAY_CLIPS,
     DELAY_HOPS,
     FilePair,
@@ -45,8 +45,8 @@ from pairs import (
     pair_files,
     shift,
 )
-from pictures import plot_pair
-from report import (
+from evaluation.plots import plot_pair
+from evaluation.report import (
     CONFIDENCE,
     RECORDINGS,
     RESAMPLES,
@@ -62,13 +62,13 @@ from report import (
     name_unpaired,
 )
 from utils import (
+    atomic_write,
     check_inside,
     command_line,
     command_parser,
     end_cleanly_on_sigterm,
     end_with_parent,
     positive,
-    replacing,
 )
 
 
@@ -94,7 +94,7 @@ def measure_files(
     is_recording = files.reference == files.generated
     if plot_dir is not None:
         check_inside(plot_dir, plot_dir / files.name)
-        with replacing(plot_dir / f"{files.name}.png") as temporary:
+        with atomic_write(plot_dir / f"{files.name}.png") as temporary:
             plot_pair(pair).savefig(temporary, format="png")
     chosen = [metric for metric in METRICS if not (is_recording and metric.needs_reference)]
     samples = len(pair.wavs[0])
@@ -292,7 +292,7 @@ def main() -> int:
     tables = [file_table(report) if a.per_file else "", mean_table(report)]
     print("\n\n".join(table for table in (*tables, difference_table(report)) if table))
     if a.output:
-        with replacing(a.output) as temporary:
+        with atomic_write(a.output) as temporary:
             temporary.write_text(json.dumps(report, indent=2, allow_nan=False), encoding="utf-8")
     if a.page:
         write_page(a.page, report, h)

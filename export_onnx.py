@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from env import Config, UserError
-from heads import HarmonicSTFT
+from harmonic import HarmonicNoiseHead
 from inference import load_generator
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
 from models import MISR, Generator, radius
-from utils import command_line, command_parser, replacing
+from utils import atomic_write, command_line, command_parser
 
 if TYPE_CHECKING:
     import onnx
@@ -49,7 +49,7 @@ LARGEST_OF_PULSES = 1e-2
 LARGEST_OF_LOG_MELS = 2e-3
 
 
-class PictureMISR(nn.Module):
+class Conv2dMISR(nn.Module):
     """A MISR [B, C, T] -> [B, C, T] as ONNX Runtime runs it fast: as rows of a picture.
 
     ONNX Runtime has fast convolutions (channels in blocks, activations and sums inside) for
@@ -166,18 +166,18 @@ def _as_picture(conv: nn.Conv1d) -> nn.Conv2d:
     return picture
 
 
-def with_pictures(generator: Generator) -> Generator:
-    """A copy of `generator` whose MISRs run as `PictureMISR`s: the same samples, to rounding."""
+def with_conv2d_misr(generator: Generator) -> Generator:
+    """A copy of `generator` whose MISRs run as `Conv2dMISR`s: the same samples, to rounding."""
     generator = copy.deepcopy(generator)
     for i, block in enumerate(generator.resblocks):
         if isinstance(block, MISR):
-            generator.resblocks[i] = PictureMISR(block)
+            generator.resblocks[i] = Conv2dMISR(block)
     return generator
 
 
 def has_pulses(generator: Generator) -> bool:
     """True for `frame_v2` and its like, whose samples depend on all of the mel before."""
-    return isinstance(generator.istft, HarmonicSTFT)
+    return isinstance(generator.head, HarmonicNoiseHead)
 
 
 @torch.no_grad()
@@ -215,7 +215,7 @@ def to_onnx(generator: Generator, h: Config) -> "onnx.ModelProto":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            with_pictures(generator),
+            with_conv2d_misr(generator),
             (mel,),
             dynamo=True,
             dynamic_shapes={"mel": {0: "B", 2: "T"}},
@@ -332,7 +332,9 @@ def main() -> None:
     )
     a = parser.parse_args()
     generator, h = load_generator(a.checkpoint_file)
-    with replacing(a.output) as temporary:  # so that a folder that cannot be written is said first
+    with atomic_write(
+        a.output
+    ) as temporary:  # so that a folder that cannot be written is said first
         try:
             model = exported(generator, h, a)
         except ImportError as error:

@@ -29,12 +29,12 @@ from tqdm import tqdm
 from audio import AUDIO_EXTENSIONS, load_wav, write_wav, writing_wav
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
-from heads import HarmonicSTFT, InverseSTFT, Origin
+from harmonic import HarmonicNoiseHead, ISTFTHead, PhaseState
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, mel_of_stretch
 from models import Generator
 from utils import (
+    FileProgress,
     Job,
-    Tally,
     command_line,
     command_parser,
     is_out_of_memory,
@@ -84,13 +84,13 @@ def load_generator(
         generator = Generator(h)
         generator.remove_weight_norm()
         load_weights(generator, weights, checkpoint_file)
-        if isinstance(generator.istft, InverseSTFT) and is_clamped(generator):
-            bound = math.exp(generator.istft.max_log_magnitude)
+        if isinstance(generator.head, ISTFTHead) and is_clamped(generator):
+            bound = math.exp(generator.head.max_log_magnitude)
             say(
                 f"{checkpoint_file}: magnitudes above {bound:g}, more than any waveform in "
                 "[-1, 1] has, are clamped; see docs/differences.md"
             )
-        return prepare(generator, device, precision), h
+        return to_inference(generator, device, precision), h
 
 
 @torch.no_grad()
@@ -101,10 +101,10 @@ def is_clamped(generator: Generator) -> bool:
     mel = torch.linspace(SILENT_LOG_MEL, LOUD_LOG_MELS[0], 32) + tilt
     largest = []
 
-    def listen(istft: InverseSTFT, given: tuple[torch.Tensor]) -> None:
+    def listen(istft: ISTFTHead, given: tuple[torch.Tensor]) -> None:
         largest.append(float(given[0].chunk(2, dim=1)[0].max()) - istft.max_log_magnitude)
 
-    with generator.istft.register_forward_pre_hook(listen):
+    with generator.head.register_forward_pre_hook(listen):
         generator(mel.clamp(min=SILENT_LOG_MEL).unsqueeze(0))
     return largest[0] > 0
 
@@ -119,13 +119,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def prepare(generator: Generator, device: torch.device, precision: str) -> Generator:
+def to_inference(generator: Generator, device: torch.device, precision: str) -> Generator:
     """`generator` ready to speak: without weight norm, "fp32" or "bf16", on `device`."""
     generator.remove_weight_norm()
     if precision == "bf16":
         parts = [generator.conv_pre, generator.ups, generator.resblocks]
-        if isinstance(generator.istft, HarmonicSTFT):
-            parts.append(generator.istft.refiner)
+        if isinstance(generator.head, HarmonicNoiseHead):
+            parts.append(generator.head.refiner)
         for part in parts:
             part.bfloat16()
     return generator.eval().requires_grad_(False).to(device)
@@ -152,7 +152,7 @@ class Streamer:
     def _begin(self) -> None:
         self.mel = torch.zeros(self.generator.conv_pre.in_channels, 0)
         self.spoken = 0  # frames of self.mel whose sound has been given
-        self.origin = Origin()  # of self.mel, in all that was fed
+        self.origin = PhaseState()  # of self.mel, in all that was fed
 
     def feed(self, mel: torch.Tensor) -> torch.Tensor:
         """Takes frames [num_mels, n]; gives the samples [N] that have become final, 0 perhaps.
@@ -192,7 +192,7 @@ class Streamer:
         forgotten = max(0, stop - self.before)
         if voice is not None and stop < self.mel.shape[1]:
             frame, cycles = self.origin.frame + forgotten, voice.cycles[0, stop]
-            self.origin = Origin(frame, anchor=stop - forgotten, cycles=cycles)
+            self.origin = PhaseState(frame, anchor=stop - forgotten, cycles=cycles)
         self.mel, self.spoken = self.mel[:, forgotten:], stop - forgotten
         return wav
 
@@ -330,7 +330,7 @@ def vocode_files(
         jobs = sorted(jobs, key=lambda job: job.source.stat().st_size)
     batches = [jobs[i : i + a.batch_size] for i in range(0, len(jobs), a.batch_size)]
     try:
-        with Tally(len(jobs), a.output_dir) as tally:
+        with FileProgress(len(jobs), a.output_dir) as tally:
             for batch in batches:
                 vocode_batch(generator, h, batch, read_mel, a.chunk_frames, tally)
     except (MemoryError, RuntimeError) as error:
@@ -346,7 +346,7 @@ def vocode_batch(
     jobs: list[Job],
     read_mel: Callable[[Path], Mel],
     chunk_frames: int,
-    tally: Tally,
+    tally: FileProgress,
 ) -> None:
     """Reads, synthesizes and writes: as one batch, or one by one where any exceeds a chunk."""
     mels = {}

@@ -24,7 +24,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from audio import PCM16_MAX, doubt, load_mel
+from audio import PCM16_MAX, load_mel, mel_warning
 from env import UsageError, UserError, one_line
 from inference import Mel, Streamer, add_arguments, start, vocode_files
 from utils import command_line, command_parser, plan_outputs, say
@@ -39,11 +39,11 @@ def read_mel(path: Path, num_mels: int) -> Mel:
     return Mel(mel.shape[1], lambda first, stop: mel[:, first:stop])
 
 
-def say_doubt(paths: Iterable[Path], num_mels: int) -> None:
+def say_mel_warning(paths: Iterable[Path], num_mels: int) -> None:
     """Says why the first mel that can be read is hardly by the recipe, where it looks so."""
     for path in paths:
         with contextlib.suppress(UserError):  # which is said in its turn
-            if reason := doubt(load_mel(path, num_mels)):
+            if reason := mel_warning(load_mel(path, num_mels)):
                 say(one_line(f"{path}: {reason}"))
             return
 
@@ -134,7 +134,7 @@ def main() -> int:
         return run_pipe(a)
     generator, h = start(a)
     jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")
-    say_doubt((job.source for job in jobs), h.num_mels)
+    say_mel_warning((job.source for job in jobs), h.num_mels)
     return vocode_files(generator, h, jobs, partial(read_mel, num_mels=h.num_mels), a)
 
 

@@ -19,7 +19,7 @@ import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from audio import doubt
+from audio import mel_warning
 from checkpoint import (
     State,
     agree_on_steps,
@@ -32,10 +32,10 @@ from distributed import (
     init_processes,
     is_lost_connection,
     leave_processes,
+    raise_on_all_ranks,
     rank,
     select_device,
     speed_up_cpu,
-    together,
     world_size,
 )
 from env import Config, UsageError, UserError, load_config, one_line
@@ -43,10 +43,10 @@ from loop import SHOWN_CLIPS, Update, own_share, run
 from meldataset import MelDataset
 from monitor import describe
 from utils import (
+    atomic_write,
     boolean,
     positive,
     remove_temporary_files,
-    replacing,
     say,
     say_if_slow,
 )
@@ -257,7 +257,7 @@ def read_data(a: argparse.Namespace, h: Config) -> tuple[MelDataset, MelDataset]
         validation.whole(index)
     if not len(validation):
         say(f"{a.input_validation_file}: no clips, so no validation")
-    if a.fine_tuning and (reason := doubt(clips.whole(0)[0])):
+    if a.fine_tuning and (reason := mel_warning(clips.whole(0)[0])):
         say(one_line(f"{clips.mel_path(0)}: {reason}"))
     return clips, validation
 
@@ -270,17 +270,17 @@ def train(
     `config` is the text of the config as it was when the run began.
     """
     folder = Path(a.checkpoint_path)
-    with together():  # before the data, which may take long to read
+    with raise_on_all_ranks():  # before the data, which may take long to read
         state, start = prepare(a, h, device)
-    with together():
+    with raise_on_all_ranks():
         clips, validation = read_data(a, h)
     with contextlib.ExitStack() as until_the_end:
-        with together():
+        with raise_on_all_ranks():
             until_the_end.enter_context(locked(folder))
-        with together():
+        with raise_on_all_ranks():
             begin(a, state, config)
         agree_on_steps(state)
-        with together():
+        with raise_on_all_ranks():
             describe(state, clips, a.config, folder)
         return run(a, state, clips, validation, start())
 
@@ -297,5 +297,5 @@ def begin(a: argparse.Namespace, state: State, config: bytes) -> None:
         say(f"--warm_start not used: {folder} holds a run of its own")
     if rank() == 0:
         remove_temporary_files(folder)
-        with replacing(folder / "config.json") as temporary:
+        with atomic_write(folder / "config.json") as temporary:
             temporary.write_bytes(config)

@@ -23,13 +23,13 @@ from checkpoint import NEVER, State, check_losses, save
 from distributed import (
     agree_on_error,
     max_over_processes,
+    raise_on_all_ranks,
     rank,
     sum_over_processes,
-    together,
     world_size,
 )
 from env import UserError
-from meldataset import EndlessBatches, MelDataset
+from meldataset import MelDataset, ResumableBatchSampler
 from monitor import Monitor
 from utils import is_out_of_memory, say
 
@@ -103,7 +103,7 @@ class Batches:
     """
 
     def __init__(self, clips: MelDataset, state: State):
-        keys = EndlessBatches(
+        keys = ResumableBatchSampler(
             len(clips),
             state.h,
             epoch=state.epoch,
@@ -236,7 +236,7 @@ def run(
         say(f"nothing to do: {done}; raise --training_steps or --training_epochs")
         return 0
     request = StopRequest()
-    with together():
+    with raise_on_all_ranks():
         batches = Batches(clips, state)
     with contextlib.closing(Monitor(state, folder, last_step, a.eval_metrics)) as monitor:
         try:
@@ -325,7 +325,7 @@ def validate(state: State, clips: MelDataset, monitor: Monitor, request: StopReq
     error_sum = torch.zeros((), device=state.device)
     # cuDNN would try its algorithms anew for the length of each clip.
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    with together(), parametrize.cached():
+    with raise_on_all_ranks(), parametrize.cached():
         for index in own_share(clips):
             if request.status:
                 break

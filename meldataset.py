@@ -20,13 +20,11 @@ from torch import nn
 
 from audio import AUDIO_EXTENSIONS, Wav, load_mel, load_wav, open_wav, write_npy
 from env import Config, UserError, band_edges, load_config
-from utils import Tally, command_line, command_parser, find_file, plan_outputs
+from utils import FileProgress, command_line, command_parser, find_file, plan_outputs
 
 MAX_AMPLITUDE = 0.95  # of each training clip's peak, as in HiFi-GAN
 MIN_POWER = 1e-9  # keeps the gradient of the square root finite
 MIN_MAGNITUDE = 1e-5
-LASTING = 16  # frames over which bins are averaged in an energy distance
-REPULSION = 0.5  # of two draws; 1 makes more noise than one likes to hear
 SILENT_LOG_MEL = float(np.log(MIN_MAGNITUDE))
 
 # Acoustic models count frames in their own ways: Tacotron 2 has one more than there are hops.
@@ -95,70 +93,6 @@ class LogMelSpectrogram(nn.Module):
             return_complex=True,
         )[..., :frames]
         return torch.sqrt(spectrum.real.square() + spectrum.imag.square() + MIN_POWER)
-
-
-class MelLoss(nn.Module):
-    """The mean distance of log-mels, (wav_hat [B, N], wav [B, N]) -> scalar.
-
-    HiFi-GAN's (eq. 3) by default. With `n_ffts_for_loss`, the mean over mels of those windows, a
-    quarter of one apart. Long windows resolve the harmonics of a voice, so that a generator learns
-    its pitch without adversaries too; with the one mel alone it hums at the rate of the frames.
-
-    A generator to which chance belongs has an energy distance, over two draws: by a plain distance
-    it would learn the average of all that may be, which has no noise. There, bins are compared too,
-    each averaged over LASTING frames: bands hide how a level is shared out among the bins within,
-    single frames are all chance.
-
-    Source: Yamamoto et al., "Parallel WaveGAN", section 2.2, for several resolutions; Gritsenko et
-    al., "A Spectral Energy Distance for Parallel Speech Synthesis", NeurIPS 2020.
-    """
-
-    def __init__(self, h: Config):
-        super().__init__()
-        # HiFi-GAN's name is for HiFi-GAN's error, which validation shows in any case.
-        self.name = "mel_spec_error" if h.n_ffts_for_loss is None else "gen_loss_mel"
-        recipes = [h]
-        if h.n_ffts_for_loss is not None:
-            recipes = [
-                MelRecipe(h.sampling_rate, h.fmin, n_fft, n_fft // 4, n_fft, num_mels)
-                for n_fft, num_mels in zip(h.n_ffts_for_loss, h.num_mels_for_loss, strict=True)
-            ]
-        self.log_mels = nn.ModuleList(LogMelSpectrogram(r, h.fmax_for_loss) for r in recipes)
-        self.log_mel = LogMelSpectrogram(h, h.fmax)  # the generator's, of which the bins are
-
-    def forward(self, wav_hat: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            mels = self._mels(wav)
-        return _mean_distance(self._mels(wav_hat), mels)
-
-    def energy_distance(self, draws: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
-        """Two draws [2, B, N] of what may sound as wav [B, N] does -> scalar.
-
-        The mean distance of a draw to wav, less REPULSION times half of that between the draws:
-        of mels, and of bins over LASTING frames. With a REPULSION of 1, draws would come to differ
-        from each other as from recordings.
-        """
-        of_mels = _energy_distance(*(self._mels(x) for x in (*draws, wav)))
-        return of_mels + _energy_distance(*([self._lasting(x)] for x in (*draws, wav)))
-
-    def _lasting(self, wav: torch.Tensor) -> torch.Tensor:
-        """wav [B, N] -> log magnitudes of bins, [B, bins, ceil(N // hop_size / LASTING)]."""
-        bins = self.log_mel.of_bins(wav)
-        return F.avg_pool1d(bins, LASTING, ceil_mode=True)  # at the end, what is there
-
-    def _mels(self, wav: torch.Tensor) -> list[torch.Tensor]:
-        return [log_mel(wav) for log_mel in self.log_mels]
-
-
-def _mean_distance(mels: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
-    return sum(map(F.l1_loss, mels, others)) / len(mels)
-
-
-def _energy_distance(
-    first: list[torch.Tensor], second: list[torch.Tensor], real: list[torch.Tensor]
-) -> torch.Tensor:
-    to_real = _mean_distance(first, real) + _mean_distance(second, real)
-    return (to_real - REPULSION * _mean_distance(first, second)) / 2
 
 
 def _log(magnitude: torch.Tensor) -> torch.Tensor:
@@ -330,7 +264,7 @@ def _padded(x: torch.Tensor, length: int, value: float) -> torch.Tensor:
     return F.pad(x, (0, length - x.shape[-1]), value=value)
 
 
-class EndlessBatches(torch.utils.data.Sampler):
+class ResumableBatchSampler(torch.utils.data.Sampler):
     """Yields the keys (epoch, index) of this process's share of each batch, epoch after epoch.
 
     The order of an epoch follows from (seed, epoch) alone, whatever the number of processes. A last
@@ -387,7 +321,7 @@ def main() -> int:
     log_mel = LogMelSpectrogram(h, h.fmax)
 
     jobs = plan_outputs(a.input_wavs_dir, AUDIO_EXTENSIONS, a.output_dir, ending=".npy")
-    with Tally(len(jobs), a.output_dir) as tally:
+    with FileProgress(len(jobs), a.output_dir) as tally:
         for source, output in jobs:
             with tally.skipping():
                 wav = load_wav(source, h.sampling_rate, min_samples=h.hop_size)

@@ -20,10 +20,9 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from env import Config
 from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, reshape, scale_conv
-from heads import LRELU_SLOPE, HarmonicSTFT, InverseSTFT, Origin
+from harmonic import LRELU_SLOPE, HarmonicNoiseHead, ISTFTHead, PhaseState
 from meldataset import SILENT_LOG_MEL
-from voice import Voice
-from weights import at_least_fp32
+from pitch import Voice
 
 POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, its weights need it
 
@@ -157,7 +156,7 @@ class Generator(nn.Module):
     A stage is a transposed convolution and a MISR, or the residual blocks of an MRF. The blocks of
     all stages lie in one list, `resblocks`, as in HiFi-GAN's files.
 
-    With `consistency_steps`, the stages work at the mel's own rate, and a HarmonicSTFT makes the
+    With `griffin_lim_steps`, the stages work at the mel's own rate, and a HarmonicNoiseHead makes the
     waveform.
 
     Source: HiFi-GAN, section 2.2, with MISR in place of MRF; iSTFTNet, whose last stages are an
@@ -171,7 +170,7 @@ class Generator(nn.Module):
         self.conv_pre = _conv1d(h.num_mels, channels, kernel_size=7)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
         for rate, kernel in zip(h.upsample_rates, h.upsample_kernel_sizes, strict=True):
-            if h.uses_frames:  # nothing is upsampled
+            if h.is_frame_rate:  # nothing is upsampled
                 self.ups.append(nn.Identity())
             else:
                 padding = (kernel - rate) // 2
@@ -179,38 +178,38 @@ class Generator(nn.Module):
                 self.ups.append(weight_norm(up))
                 channels //= 2
             self.resblocks.extend(_stage_blocks(h, channels))
-        self.istft = None
-        if h.uses_frames:
-            self.istft = HarmonicSTFT(h)
-            self.conv_post = _conv1d(channels, self.istft.in_channels, kernel_size=1)
+        self.head = None
+        if h.is_frame_rate:
+            self.head = HarmonicNoiseHead(h)
+            self.conv_post = _conv1d(channels, self.head.in_channels, kernel_size=1)
         elif h.uses_istft:
-            self.istft = InverseSTFT(h.gen_istft_n_fft, h.gen_istft_hop_size)
-            self.conv_post = _conv1d(channels, self.istft.in_channels, kernel_size=7)
+            self.head = ISTFTHead(h.gen_istft_n_fft, h.gen_istft_hop_size)
+            self.conv_post = _conv1d(channels, self.head.in_channels, kernel_size=7)
         else:
             self.conv_post = _conv1d(channels, 1, kernel_size=7)
 
     def forward(
-        self, mel: torch.Tensor, origin: Origin | None = None
+        self, mel: torch.Tensor, origin: PhaseState | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, Voice | None]:
-        """The waveform; given an `origin`, the waveform and the voice that a HarmonicSTFT heard.
+        """The waveform; given an `origin`, the waveform and the voice that a HarmonicNoiseHead heard.
 
         An origin says where in a longer mel this one lies, so that the voice goes on.
         """
-        if isinstance(self.istft, HarmonicSTFT):  # some pad with less than silence
+        if isinstance(self.head, HarmonicNoiseHead):  # some pad with less than silence
             mel = mel.clamp(min=SILENT_LOG_MEL)
-        x, voice = self.channels(mel), None
-        if isinstance(self.istft, HarmonicSTFT):
-            wav, voice = self.istft(x, mel, origin or Origin())
+        x, voice = self.features(mel), None
+        if isinstance(self.head, HarmonicNoiseHead):
+            wav, voice = self.head(x, mel, origin or PhaseState())
         else:
             with torch.autocast(x.device.type, enabled=False):  # as in `last`
-                wav = torch.tanh(x) if self.istft is None else self.istft(x)
+                wav = torch.tanh(x) if self.head is None else self.head(x)
         return wav if origin is None else (wav, voice)
 
-    def channels(self, mel: torch.Tensor) -> torch.Tensor:
+    def features(self, mel: torch.Tensor) -> torch.Tensor:
         """What tanh or an inverse STFT makes the waveform of: [B, num_mels, T] -> [B, C, T'].
 
         All layers, conv_post the last. T' is T * hop_size, T at the mel's own rate, or the frames
-        of an InverseSTFT.
+        of an ISTFTHead.
         """
         x = self.first(mel)
         for up, blocks in self.stages():
@@ -231,7 +230,7 @@ class Generator(nn.Module):
         # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.conv_post.bias.dtype)
-            if isinstance(self.istft, InverseSTFT):  # n frames make n - 1 hops
+            if isinstance(self.head, ISTFTHead):  # n frames make n - 1 hops
                 x = F.pad(x, (1, 0), mode="reflect")
             return self.conv_post(x)
 
@@ -244,10 +243,10 @@ class Generator(nn.Module):
     def receptive_field(self) -> tuple[int, int]:
         """How many frames before, and after, its own frame a sample depends on at most."""
         first, last = 0, self.hop_size - 1  # of the samples of frame 0, traced back to the mel
-        if isinstance(self.istft, HarmonicSTFT):
-            first, last = -self.istft.reach, self.istft.reach
-        elif self.istft is not None:
-            n_fft, rate = self.istft.n_fft, self.istft.hop_size
+        if isinstance(self.head, HarmonicNoiseHead):
+            first, last = -self.head.reach, self.head.reach
+        elif self.head is not None:
+            n_fft, rate = self.head.n_fft, self.head.hop_size
             first, last = _sources(first, last, kernel_size=n_fft, rate=rate, padding=n_fft // 2)
             first, last = first - 1, last - 1  # the reflected frame
         first, last = first - self.conv_post.padding[0], last + self.conv_post.padding[0]
@@ -415,35 +414,3 @@ class Discriminators(nn.Module):
     def forward(self, wav: torch.Tensor) -> tuple[list, list]:
         (msd_scores, msd_features), (mpd_scores, mpd_features) = self.msd(wav), self.mpd(wav)
         return msd_scores + mpd_scores, msd_features + mpd_features
-
-
-def discriminator_loss(real_scores: list, fake_scores: list) -> torch.Tensor:
-    """LSGAN: real scores to 1, fake ones to 0; summed over the discriminators (HiFi-GAN, eq. 1).
-
-    Takes a score [B, S] of each discriminator; gives a scalar.
-    """
-    return sum(
-        (1 - at_least_fp32(real)).square().mean() + at_least_fp32(fake).square().mean()
-        for real, fake in zip(real_scores, fake_scores, strict=True)
-    )
-
-
-def generator_loss(fake_scores: list) -> torch.Tensor:
-    """LSGAN: fake scores to 1; summed over the discriminators (HiFi-GAN, eq. 2).
-
-    Takes a score [B, S] of each discriminator; gives a scalar.
-    """
-    return sum((1 - at_least_fp32(fake)).square().mean() for fake in fake_scores)
-
-
-def feature_loss(real_features: list, fake_features: list) -> torch.Tensor:
-    """Mean L1 distance of each feature, summed over layers and discriminators (HiFi-GAN, eq. 4).
-
-    Takes, of each discriminator, the list of its features: [B, C, S] of a scale, [B, C, S, period]
-    of a period. Gives a scalar, which the caller weights.
-    """
-    return sum(
-        F.l1_loss(at_least_fp32(fake), at_least_fp32(real))
-        for reals, fakes in zip(real_features, fake_features, strict=True)
-        for real, fake in zip(reals, fakes, strict=True)
-    )

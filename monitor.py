@@ -21,8 +21,8 @@ from audio import audio_seconds
 from checkpoint import State
 from distributed import mean_over_processes, rank, world_size
 from env import Config, UserError
+from evaluation.plots import plot_spectrogram
 from meldataset import MelDataset
-from pictures import plot_spectrogram
 from utils import end_with_parent, say
 
 DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
@@ -89,7 +89,7 @@ class Monitor:
     def progress(self, state: State, losses: dict[str, torch.Tensor]) -> None:
         """News for the bar, or a line of text where there is none. Waits for the device."""
         self._write_metrics()
-        # Before adversarial_from, discriminators have no loss.
+        # Before discriminator_train_start_steps, discriminators have no loss.
         shown = [name for name in LONG if name in losses]
         shown += [name for name in losses if name.startswith("stage_")]
         values = mean_over_processes(torch.stack([losses[name] for name in shown])).tolist()
@@ -260,7 +260,7 @@ def _step_back() -> None:
 
 
 def _evaluate(wav: np.ndarray, wav_hat: np.ndarray, h: Config) -> dict[str, float | None]:
-    from metrics import evaluate_pair
+    from evaluation.metrics import evaluate_pair
 
     return evaluate_pair(torch.from_numpy(wav), torch.from_numpy(wav_hat), h)
 

@@ -18,13 +18,13 @@ from torch.nn.utils import parametrize
 
 from checkpoint import State, average_gradients, build_state
 from env import Config
-from heads import Origin
+from harmonic import PhaseState
 from launch import add_arguments, launch_or_train
 from loop import Losses, Update
-from models import discriminator_loss, feature_loss, generator_loss
+from losses import discriminator_loss, feature_loss, generator_loss
 from muon import RATE, Muon
+from pitch import Voice
 from utils import command_line, command_parser
-from voice import Voice
 
 LAMBDA_VOICE = 100.0  # beside a lambda_mel of 45
 
@@ -32,7 +32,7 @@ LAMBDA_VOICE = 100.0  # beside a lambda_mel of 45
 def training_step(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
     """One update of the discriminators, then one of the generator.
 
-    Before the config's `adversarial_from`, or where that is null, the generator learns without
+    Before the config's `discriminator_train_start_steps`, or where that is null, the generator learns without
     discriminators, and these stay as they are.
 
     Args:
@@ -40,11 +40,11 @@ def training_step(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
         wav: [B, 1, T * hop_size], from which the mel was taken.
     """
     h = state.h
-    adversarial = h.uses_discriminators and state.steps >= h.adversarial_from
-    if h.uses_frames:  # two draws of each, for an energy distance
+    adversarial = h.uses_discriminators and state.steps >= h.discriminator_train_start_steps
+    if h.is_frame_rate:  # two draws of each, for an energy distance
         mel = mel.repeat(2, 1, 1)
     with state.autocast():
-        wav_hat, voice = state.ddp_generator(mel, Origin())
+        wav_hat, voice = state.ddp_generator(mel, PhaseState())
     losses = discriminator_step(state, wav, wav_hat[: len(wav)]) if adversarial else {}
     return losses | generator_step(state, wav, wav_hat, voice, adversarial)
 

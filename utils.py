@@ -214,7 +214,7 @@ def put(temporary: Path, path: str | Path) -> None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and `put`s it there once it is written whole.
 
     Whatever goes wrong, `path` holds its old contents or all of the new ones.
@@ -228,7 +228,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporary_files(folder: str | Path) -> None:
-    """Removes what a killed run has left of `replacing` its own files in `folder`; no other's."""
+    """Removes what a killed run has left of `atomic_write` its own files in `folder`; no other's."""
     for path in Path(folder).glob(".*.tmp"):
         if re.fullmatch(r"\.((g|do)_\d{8,}|config\.json)\.\w+\.tmp", path.name):
             path.unlink(missing_ok=True)
@@ -358,10 +358,10 @@ def check_inside(folder: Path, path: Path) -> None:
         raise UserError(f"{path.parent}: a link that leads out of {folder}; choose another folder")
 
 
-class Tally:
+class FileProgress:
     """Counts the files of a command that goes on where one of them must be skipped.
 
-        with Tally(len(jobs), output_dir) as tally:
+        with FileProgress(len(jobs), output_dir) as tally:
             for job in jobs:
                 with tally.skipping():      # a UserError inside is said, and the next file follows
                     ...
@@ -380,7 +380,7 @@ class Tally:
         """The exit status."""
         return 1 if self.skipped else 0
 
-    def __enter__(self) -> "Tally":
+    def __enter__(self) -> "FileProgress":
         self.on_sigterm = end_cleanly_on_sigterm()
         self.bar = tqdm(total=self.files, unit="file", disable=None)
         return self

@@ -1,7 +1,7 @@
 """The names of weights, in the files of the whole family: HiFi-GAN's, y-chan's, and wrapped ones.
 
-own_weights(weights, module)    # whoever wrote them, as module.load_state_dict takes them
-family_weights(module)          # as HiFi-GAN's scripts, and every tool of the family, load them
+to_native_names(weights, module)    # whoever wrote them, as module.load_state_dict takes them
+to_hifigan_names(module)          # as HiFi-GAN's scripts, and every tool of the family, load them
 """
 
 import math
@@ -45,7 +45,7 @@ def is_y_chans(weights: dict[str, torch.Tensor]) -> bool:
     return any("expand_convs." in key for key in weights)
 
 
-def own_weights(weights: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
+def to_native_names(weights: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
     """`weights` as `module.load_state_dict` takes them.
 
     They may have the names of HiFi-GAN, of y-chan's port or of this repository's earlier files, be
@@ -107,7 +107,7 @@ def gain_and_direction(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return torch.norm_except_dim(weight, 2, 0), direction
 
 
-def family_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+def to_hifigan_names(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state of `module` under HiFi-GAN's names, with weight norm, for every tool to load."""
     pairs = (*WEIGHT_NORM_NAMES.items(), *SPECTRAL_NORM_NAMES.items())
     old_names, named = {new: old for old, new in pairs}, {}
@@ -201,7 +201,7 @@ def load_weights(module: nn.Module, weights: dict, path: str | Path) -> None:
         UserError: they are not this module's; the message names the first difference.
     """
     try:
-        module.load_state_dict(own_weights(weights, module))
+        module.load_state_dict(to_native_names(weights, module))
     except (RuntimeError, TypeError, AttributeError) as error:
         detail = (str(error).splitlines()[1:] or [str(error)])[0].strip()
         raise UserError(f"{path}: does not fit the config: {detail}") from None

@@ -20,7 +20,7 @@ import export_onnx
 from env import load_config
 from models import Generator, ResBlock1, ResBlock2
 from tools.toy import ROOT, make_corpus, run_main, save_checkpoint, write_config
-from weights import family_weights
+from weights import to_hifigan_names
 
 # Whoever starts the tests may ignore these, as nohup and a shell's background do; programs that the
 # tests start must hear them.
@@ -68,7 +68,7 @@ def new_generator(folder: Path, config: str = "config_v2.json", **changes) -> Ge
 
 def new_checkpoint(folder: Path, config: str = "config_v2.json", **changes) -> Path:
     """Writes a toy config.json and weights for it into `folder`; returns the g_ file."""
-    weights = family_weights(new_generator(folder, config, **changes))
+    weights = to_hifigan_names(new_generator(folder, config, **changes))
     save_checkpoint(folder / "g_00000001", {"generator": weights})
     return folder / "g_00000001"
 

@@ -10,7 +10,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-import app
+from demo import app
 from env import UserError
 from inference import synthesize
 from meldataset import LogMelSpectrogram

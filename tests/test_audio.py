@@ -15,9 +15,9 @@ import torch
 from audio import (
     AUDIO_EXTENSIONS,
     audio_seconds,
-    doubt,
     load_mel,
     load_wav,
+    mel_warning,
     open_wav,
     write_wav,
     writing_wav,
@@ -384,7 +384,7 @@ def test_npz_missing_files_and_folders_are_refused_by_name(tmp_path):
     ],
 )
 def test_mels_of_another_recipe_are_doubted(mel, said):
-    reason = doubt(torch.from_numpy(mel))
+    reason = mel_warning(torch.from_numpy(mel))
     assert reason is None if said is None else said in reason
 
 

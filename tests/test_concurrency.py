@@ -20,7 +20,7 @@ from env import load_config
 from models import Generator
 from tools.stress import kill
 from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, speech_like, write_config
-from utils import replacing
+from utils import atomic_write
 
 
 def start(*command) -> subprocess.Popen:
@@ -98,9 +98,9 @@ def test_without_locks_a_run_goes_on_and_says_so(arguments, folder, monkeypatch,
 
 
 def test_two_writers_of_one_file_have_a_temporary_one_each(tmp_path):
-    with replacing(tmp_path / "file") as first:
+    with atomic_write(tmp_path / "file") as first:
         first.write_text("first")
-        with replacing(tmp_path / "file") as second:
+        with atomic_write(tmp_path / "file") as second:
             second.write_text("second")
         assert (tmp_path / "file").read_text() == "second"
     assert (tmp_path / "file").read_text() == "first"

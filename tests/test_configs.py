@@ -5,7 +5,7 @@ import torch
 
 from checkpoint import build_state
 from env import load_config
-from inference import prepare, synthesize
+from inference import synthesize, to_inference
 from models import Generator
 from tests.conftest import ALL_CONFIGS
 from tools.toy import ROOT, toy_config
@@ -25,7 +25,7 @@ def h(request, tmp_path):
 
 def spoken(h) -> Generator:
     """A generator whose far context matters, in float64: frame_v2's pitch adds up its rounding."""
-    generator = prepare(Generator(h), "cpu", "fp32").double()
+    generator = to_inference(Generator(h), "cpu", "fp32").double()
     with torch.no_grad():
         for conv in generator.resblocks.modules():
             if isinstance(conv, torch.nn.Conv1d):

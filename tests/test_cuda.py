@@ -15,7 +15,7 @@ from torch import nn
 import train
 from checkpoint import State, build_state, checkpoint_path, paired_steps
 from distill import Distillation
-from inference import prepare, synthesize
+from inference import synthesize, to_inference
 from models import Generator
 from tools.toy import ROOT, corpus_arguments, run_main, toy_config, write_config
 from weights import load_checkpoint
@@ -158,7 +158,7 @@ def test_a_whole_run(run, tmp_path, capsys, precision):
 def test_chunks_are_the_whole(tmp_path, config):
     """And the CPU's, with weights whose far context matters."""
     torch.manual_seed(0)
-    generator = prepare(Generator(toy_config(tmp_path, config)), CPU, "fp32")
+    generator = to_inference(Generator(toy_config(tmp_path, config)), CPU, "fp32")
     with torch.no_grad():
         for conv in generator.modules():
             if isinstance(conv, nn.Conv1d | nn.ConvTranspose1d):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import soundfile
 
-import demo
 import evaluate
 from audio import load_wav
 from checkpoint import checkpoint_steps
+from demo import learn_a_voice as demo
 from env import UserError, load_config
 from meldataset import LogMelSpectrogram
 from tools.toy import run_main

@@ -337,7 +337,7 @@ CHANGES = {
     "num_workers": 1,
     "lambda_mel": 10,
     "lambda_feature": 1,
-    "adversarial_from": 2,
+    "discriminator_train_start_steps": 2,
     "fmax_for_loss": 8000,
     "n_ffts_for_loss": [512, 1024],
     "num_mels_for_loss": [20, 40],
@@ -345,7 +345,7 @@ CHANGES = {
 
 
 def test_how_a_run_learns_may_change(run):
-    of_frames = {"consistency_steps"}  # test_train.py has it change
+    of_frames = {"griffin_lim_steps"}  # test_train.py has it change
     assert CHANGES.keys() | of_frames == CHANGEABLE_KEYS <= {each.name for each in fields(Config)}
     assert run(1) == (0, [])
     write_config(run.config, **CHANGES)

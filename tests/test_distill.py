@@ -12,15 +12,22 @@ import distill
 import muon
 import train
 from checkpoint import build_state
-from distill import Distillation, FrameLesson, Lesson, at_other_levels, check_teacher, distance
+from distill import (
+    Distillation,
+    HarmonicLoss,
+    StagewiseLoss,
+    at_other_levels,
+    check_teacher,
+    distance,
+)
 from env import UserError
-from heads import by_chance
+from harmonic import random_phase_state
 from inference import load_generator, synthesize
 from meldataset import LogMelSpectrogram
 from models import Generator
 from muon import MOMENTUM, RMS, Muon, orthogonalise
 from tools.toy import corpus_arguments, run_main, save_checkpoint, toy_config, write_config
-from weights import family_weights
+from weights import to_hifigan_names
 
 MRF, FRAMES = "configs/hifigan_v1.json", "configs/frame_v2.json"
 TOY_MISR = {"resblock_kernel_size": 11, "learning_rate": 0.0002}
@@ -45,9 +52,9 @@ def student_and_teacher(student_h, teacher_h) -> list[Generator]:
     return both
 
 
-def make_lesson(student_h, teacher_h) -> tuple[Lesson, Generator]:
+def make_lesson(student_h, teacher_h) -> tuple[StagewiseLoss, Generator]:
     student, teacher = student_and_teacher(student_h, teacher_h)
-    return Lesson(student, teacher.requires_grad_(False), student_h, EXACT), teacher
+    return StagewiseLoss(student, teacher.requires_grad_(False), student_h, EXACT), teacher
 
 
 def test_distance_equals_a_plain_computation():
@@ -111,15 +118,15 @@ def test_a_student_that_equals_its_teacher_has_no_error_and_another_learns(tmp_p
 def test_errors_at_the_mel_s_rate_are_those_of_pitch_noise_and_magnitudes(tmp_path):
     h = toy_config(tmp_path, FRAMES, upsample_initial_channel=8, refiner_channels=8)
     student, teacher = student_and_teacher(h, toy_config(tmp_path, FRAMES))
-    lesson, mel = FrameLesson(student, teacher, EXACT), torch.randn(2, h.num_mels, 12) - 4
-    (log_f0, noise), expected = teacher.istft.voice(teacher.channels(mel)), []
-    own_f0, own_noise = student.istft.voice(student.channels(mel))
+    lesson, mel = HarmonicLoss(student, teacher, EXACT), torch.randn(2, h.num_mels, 12) - 4
+    (log_f0, noise), expected = teacher.head.voice(teacher.features(mel)), []
+    own_f0, own_noise = student.head.voice(student.features(mel))
     weight = 1 - noise[:, :, :47].mean(2)  # bins below 1 kHz
     expected.append((weight * (own_f0 - log_f0).abs()).sum() / weight.sum())
     expected.append((own_noise - noise).abs().mean())
-    sources = teacher.istft.sources(teacher.channels(mel), by_chance(mel))
+    sources = teacher.head.sources(teacher.features(mel), random_phase_state(mel))
     magnitudes = [
-        generator.istft.spectrum(generator.channels(mel), mel, sources)[1]
+        generator.head.spectrum(generator.features(mel), mel, sources)[1]
         for generator in (student, teacher)
     ]
     expected.append((magnitudes[0] - magnitudes[1]).abs().mean())
@@ -134,7 +141,7 @@ def test_a_student_at_the_mel_s_rate_that_equals_its_teacher_has_no_error(tmp_pa
     h = toy_config(tmp_path, FRAMES)
     student, teacher = student_and_teacher(h, h)
     student.load_state_dict(teacher.state_dict())
-    lesson, mel = FrameLesson(student, teacher, EXACT), torch.randn(2, h.num_mels, 12) - 4
+    lesson, mel = HarmonicLoss(student, teacher, EXACT), torch.randn(2, h.num_mels, 12) - 4
     assert float(lesson(mel).detach().abs().max()) < 1e-5
     loud(student)
     lesson(mel).sum().backward()
@@ -255,7 +262,7 @@ def test_a_light_one_at_the_mel_s_rate_learns_from_a_larger_one(tmp_path):
     torch.manual_seed(1)
     teacher = Generator(toy_config(tmp_path, FRAMES, upsample_initial_channel=24))
     with torch.no_grad():
-        for p in teacher.istft.refiner.parameters():
+        for p in teacher.head.refiner.parameters():
             p.normal_(0, 0.1)
     teacher.remove_weight_norm()
     changes = {"config": FRAMES, "refiner_channels": 8, "learning_rate": 0.002}
@@ -338,7 +345,7 @@ def teacher_file(tmp_path, configs):
     write_config(folder / "config.json", configs[0])
     torch.manual_seed(5)
     generator = loud(Generator(toy_config(tmp_path, configs[0])))
-    save_checkpoint(folder / "g_00000007", {"generator": family_weights(generator)})
+    save_checkpoint(folder / "g_00000007", {"generator": to_hifigan_names(generator)})
     return folder / "g_00000007"
 
 
@@ -423,9 +430,9 @@ def test_a_missing_teacher_is_told_before_data_are_read_and_leaves_nothing(comma
 
 def test_generators_of_two_kinds_are_refused(tmp_path):
     frames, misr = toy_config(tmp_path, FRAMES), toy_config(tmp_path)
-    with pytest.raises(UserError, match=r"g: .* with consistency_steps, the student's without: "):
+    with pytest.raises(UserError, match=r"g: .* with griffin_lim_steps, the student's without: "):
         check_teacher(frames, misr, "g")
-    with pytest.raises(UserError, match=r"g: .* without consistency_steps, the student's with: "):
+    with pytest.raises(UserError, match=r"g: .* without griffin_lim_steps, the student's with: "):
         check_teacher(misr, frames, "g")
     with pytest.raises(UserError, match=r"hop_size = 256, .* 200: expected the same mel$"):
         check_teacher(frames, toy_config(tmp_path, FRAMES, hop_size=200, segment_size=4000), "g")

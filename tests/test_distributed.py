@@ -84,11 +84,11 @@ def errors_of_a_process(folder: Path) -> None:
     state = build_state(env.load_config(folder / "toy.json"), torch.device("cpu"))
 
     def all_err():
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             raise env.UserError(f"of process {rank}")
 
     def the_second_errs():
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             if rank == 1:
                 raise env.UserError("of process 1")
 
@@ -141,7 +141,7 @@ def of_two(tmp_path_factory, corpus) -> Path:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     write_config(folder / "toy.json", batch_size=4)
-    write_config(folder / "alone.json", batch_size=4, adversarial_from=None)
+    write_config(folder / "alone.json", batch_size=4, discriminator_train_start_steps=None)
     arguments = port, folder, corpus
     processes = [server().Process(target=in_process, args=(r, *arguments)) for r in range(2)]
     with locked(folder / "held"):

@@ -17,13 +17,13 @@ import soundfile
 import torch
 
 import evaluate
-import metrics
-import pictures
 from env import Config, UserError, load_config
+from evaluation import metrics
+from evaluation import plots as pictures
+from evaluation.metrics import METRICS, Pair
+from evaluation.pairs import constant_delay, name_systems, pair_files
+from evaluation.report import FileResult, System, build_report, summarize
 from meldataset import LogMelSpectrogram
-from metrics import METRICS, Pair
-from pairs import constant_delay, name_systems, pair_files
-from report import FileResult, System, build_report, summarize
 from tools.toy import ROOT, run_main, speech_like
 
 RATE = 22050

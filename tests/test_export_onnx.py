@@ -16,7 +16,7 @@ import torch
 
 import export_onnx
 from env import UserError, load_config
-from inference import prepare, synthesize
+from inference import synthesize, to_inference
 from meldataset import LogMelSpectrogram
 from tests.conftest import new_generator, random_mel
 from tools.toy import ROOT, run_main, save_checkpoint, speech_like
@@ -75,13 +75,13 @@ def test_other_generators_are_the_same_in_onnx_runtime(config, changes, tmp_path
     one_stage = {"upsample_rates": [256], "upsample_kernel_sizes": [256]} | changes
     generator = new_generator(tmp_path, config, **one_stage)
     h = load_config(tmp_path / "config.json")
-    file = export_onnx.to_onnx(prepare(generator, torch.device("cpu"), "fp32"), h)
+    file = export_onnx.to_onnx(to_inference(generator, torch.device("cpu"), "fp32"), h)
     assert export_onnx.largest_difference(file.SerializeToString(), generator) <= 1e-5
 
 
 def test_pulses_and_noise_are_the_same_in_onnx_runtime(tmp_path, capsys):
     """Of the mel's own rate. A phase of many cycles is as exact as its pitch; see export_onnx."""
-    generator = new_generator(tmp_path, "configs/frame_v2.json", consistency_steps=4)
+    generator = new_generator(tmp_path, "configs/frame_v2.json", griffin_lim_steps=4)
     save_checkpoint(tmp_path / "g_00500000", {"generator": generator.state_dict()})
     assert export(tmp_path) == 0
     assert "largest difference from PyTorch" in capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_pulses_and_noise_are_the_same_in_onnx_runtime(tmp_path, capsys):
     file = (tmp_path / "misrnet.onnx").read_bytes()
     generator, h = export_onnx.load_generator(tmp_path / "g_00500000")
     assert export_onnx.log_mel_difference(file, generator, h) <= 1e-3
-    late = generator.istft.noise[100 * h.hop_size : -h.n_fft]  # its end is heard before a mel, too
+    late = generator.head.noise[100 * h.hop_size : -h.n_fft]  # its end is heard before a mel, too
     late.copy_(late.flip(0))
     assert export_onnx.largest_difference(file, generator) <= 1e-2
     assert export_onnx.log_mel_difference(file, generator, h) > 10 * export_onnx.LARGEST_OF_LOG_MELS
@@ -175,7 +175,7 @@ def test_pictures_give_the_same_samples(config, changes, frames, tmp_path):
                 module.bias.add_(0.1 * torch.randn_like(module.bias))
         mel = torch.stack([random_mel(frames), random_mel(frames)]).double()
         expected = generator(mel)
-        wav = export_onnx.with_pictures(generator)(mel)
+        wav = export_onnx.with_conv2d_misr(generator)(mel)
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(wav, expected, rtol=0, atol=1e-12)
 

@@ -1,11 +1,11 @@
-"""The iSTFT head is torch.istft, at every sample."""
+"""The iSTFT head is torch.head, at every sample."""
 
 import math
 
 import pytest
 import torch
 
-from heads import InverseSTFT
+from harmonic import ISTFTHead
 from inference import load_generator
 from models import Generator
 from tests.conftest import new_generator
@@ -22,7 +22,7 @@ def by_torch(x: torch.Tensor, n_fft: int, hop_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("n_fft", "hop_size"), [(16, 4), (16, 8), (20, 5), (8, 1)])
 def test_it_equals_torch_istft_at_the_edges_too(n_fft, hop_size):
-    istft = InverseSTFT(n_fft, hop_size)
+    istft = ISTFTHead(n_fft, hop_size)
     for frames in (2, 3, 65):
         x = 0.5 * torch.randn(3, n_fft + 2, frames)  # below the bound on magnitudes
         wav = istft(x)
@@ -32,7 +32,7 @@ def test_it_equals_torch_istft_at_the_edges_too(n_fft, hop_size):
 
 
 def test_gradients_are_those_of_torch_istft():
-    istft = InverseSTFT(16, 4).double()
+    istft = ISTFTHead(16, 4).double()
     x = torch.randn(2, 18, 9, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(2, 1, 32, dtype=torch.float64)
     ours, theirs = (
@@ -51,13 +51,13 @@ def test_no_waveform_is_bent_by_the_bound_on_magnitudes():
     window = torch.hann_window(n_fft, dtype=torch.float64)
     magnitude = torch.stft(wavs, n_fft, 4, window=window, return_complex=True).abs()
     assert 0.99 * n_fft / 2 < magnitude.max() <= n_fft / 2 + 1e-9
-    assert InverseSTFT(n_fft, 4).max_log_magnitude >= math.log(8 * n_fft / 2) - 1e-9
+    assert ISTFTHead(n_fft, 4).max_log_magnitude >= math.log(8 * n_fft / 2) - 1e-9
 
 
 @pytest.mark.parametrize("value", [60.0, 1e30])
 def test_overflowing_magnitudes_give_finite_samples_and_gradients(value):
     x = torch.full((1, 18, 9), value, requires_grad=True)
-    wav = InverseSTFT(16, 4)(x)
+    wav = ISTFTHead(16, 4)(x)
     wav.square().sum().backward()
     assert wav.isfinite().all()
     assert x.grad.isfinite().all()
@@ -67,7 +67,7 @@ def test_the_head_computes_in_fp32_under_autocast(tmp_path):
     h = toy_config(tmp_path, "configs/istft_v2.json")
     generator = Generator(h)
     dtypes = []
-    generator.istft.register_forward_hook(lambda _, inputs, __: dtypes.append(inputs[0].dtype))
+    generator.head.register_forward_hook(lambda _, inputs, __: dtypes.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         wav = generator(torch.randn(1, h.num_mels, 5))
     assert dtypes == [torch.float32]
@@ -79,7 +79,7 @@ def test_the_head_computes_in_fp32_under_autocast(tmp_path):
 def test_weights_whose_magnitudes_meet_the_bound_say_so(tmp_path, capsys, excess):
     generator = new_generator(tmp_path, "configs/istft_v2.json")
     weights = generator.state_dict()
-    bins = generator.istft.in_channels // 2
+    bins = generator.head.in_channels // 2
     weights["conv_post.bias"][:bins] += excess
     save_checkpoint(tmp_path / "g_00000001", {"generator": weights})
     load_generator(tmp_path / "g_00000001")

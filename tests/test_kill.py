@@ -12,7 +12,7 @@ from checkpoint import checkpoint_path, checkpoint_steps, paired_steps
 from env import UserError
 from tools.stress.kill import Kill, kill_over_and_over
 from tools.toy import corpus_arguments, run_main, write_config
-from utils import remove_temporary_files, replacing
+from utils import atomic_write, remove_temporary_files
 from weights import load_checkpoint
 
 # In each trainer's first save, but for the two last; the first os.replace is config.json's.
@@ -35,7 +35,7 @@ def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda h: calls.append(os.fstat(h).st_ino) or fsync(h))
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
     assert calls == [path.stat().st_ino, "replace"]
 

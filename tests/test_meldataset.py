@@ -16,11 +16,11 @@ import torch.nn.functional as F
 import meldataset
 from audio import load_mel, load_wav
 from env import Config, UserError
+from losses import MelLoss
 from meldataset import (
-    EndlessBatches,
     LogMelSpectrogram,
     MelDataset,
-    MelLoss,
+    ResumableBatchSampler,
     mel_of_stretch,
     read_clips,
 )
@@ -344,7 +344,7 @@ def test_global_random_states_are_left_alone(corpus, tmp_path):
     before = states()
     dataset = corpus_dataset(corpus, tmp_path)
     dataset[0, 0], dataset[1, 3], dataset.whole(2)
-    next(iter(EndlessBatches(5, dataset.h)))
+    next(iter(ResumableBatchSampler(5, dataset.h)))
     assert states() == before
 
 
@@ -582,12 +582,12 @@ def test_whole_clips_are_whole_frames(tmp_path, mel_frames, frames):
     np.testing.assert_allclose(wav[0], ramp(frames * HOP) * gain, rtol=1e-6)
 
 
-# --- EndlessBatches
+# --- ResumableBatchSampler
 
 
 def batches(h: Config, count: int, num_clips: int = 11, **where) -> list[list[tuple[int, int]]]:
     """The first `count` batches of `num_clips` clips."""
-    return list(itertools.islice(EndlessBatches(num_clips, h, **where), count))
+    return list(itertools.islice(ResumableBatchSampler(num_clips, h, **where), count))
 
 
 @pytest.fixture

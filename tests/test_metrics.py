@@ -15,11 +15,11 @@ import scipy.signal
 import torch
 import torch.nn.functional as F
 
-import metrics
 from audio import load_wav
 from env import Config, load_config
+from evaluation import metrics
+from evaluation.metrics import METRICS, Pair, Pitch, evaluate_pair, measure, name_missing
 from meldataset import LogMelSpectrogram
-from metrics import METRICS, Pair, Pitch, evaluate_pair, measure, name_missing
 from tools.toy import ROOT, speech_like
 
 RATE = 22050

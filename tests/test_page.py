@@ -12,10 +12,10 @@ import soundfile
 from PIL import Image
 
 import evaluate
-import listen
 from env import UserError
-from metrics import METRICS
-from pictures import save_bare_spectrogram
+from evaluation import page as listen
+from evaluation.metrics import METRICS
+from evaluation.plots import save_bare_spectrogram
 from tests.browser import needs_browser, open_browser
 from tools.toy import run_main, speech_like
 

@@ -80,7 +80,7 @@ FOREIGN_FLAGS = {
     "--group_name",
     "--no-deps",
     "--matcha-vocoder",
-    "--adversarial_from",
+    "--discriminator_train_start_steps",
 }
 SCRIPTS = sorted({words[0] for words in (COMMANDS | INLINE).values()})
 

@@ -26,7 +26,7 @@ from loop import StopRequest, count_update, validate
 from meldataset import LogMelSpectrogram, MelDataset
 from models import Generator
 from monitor import BackgroundMetrics
-from tools import textbook
+from tools import hifigan_reference as textbook
 from tools.toy import (
     corpus_arguments,
     run_main,
@@ -35,7 +35,7 @@ from tools.toy import (
     toy_config,
     write_config,
 )
-from weights import family_weights, load_checkpoint, load_weights
+from weights import load_checkpoint, load_weights, to_hifigan_names
 
 CPU = torch.device("cpu")
 
@@ -185,7 +185,10 @@ def test_an_update_with_its_own_power_iteration_stays_close(mrf_config):
 
 def test_before_adversarial_from_the_mel_loss_alone_moves_the_generator_alone(tmp_path):
     h = toy_config(
-        tmp_path, "configs/hifigan_v2.json", discriminator_channel_mult=0.02, adversarial_from=1
+        tmp_path,
+        "configs/hifigan_v2.json",
+        discriminator_channel_mult=0.02,
+        discriminator_train_start_steps=1,
     )
     state = build_state(h, CPU)
     mel, wav = (x.float() for x in batch(h))
@@ -272,12 +275,16 @@ def test_compiled_models_make_the_same_losses(tmp_path):
         assert float(loss) == pytest.approx(float(expected[name]), rel=1e-5)
 
 
-@pytest.mark.parametrize("adversarial_from", [0, 1])
+@pytest.mark.parametrize("discriminator_train_start_steps", [0, 1])
 @pytest.mark.parametrize("config", ["config_v2.json", "configs/istft_v2.json"])
-def test_an_update_stays_on_its_device(tmp_path, monkeypatch, config, adversarial_from):
+def test_an_update_stays_on_its_device(
+    tmp_path, monkeypatch, config, discriminator_train_start_steps
+):
     """As it must on a GPU. The meta device, which has no autocast, refuses tensors of others."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    h = toy_config(tmp_path, config, adversarial_from=adversarial_from)
+    h = toy_config(
+        tmp_path, config, discriminator_train_start_steps=discriminator_train_start_steps
+    )
     meta = torch.device("meta")
     state = build_state(h, meta)
     for name in ("generator", "discriminators"):  # the fused kind is not for this device
@@ -290,13 +297,15 @@ def test_an_update_stays_on_its_device(tmp_path, monkeypatch, config, adversaria
         pytest.skip(str(error))
     count_update(state, losses, steps_per_epoch=2)
     assert all(loss.device == meta for loss in losses.values())
-    assert ("disc_loss_total" in losses) == (adversarial_from == 0)
+    assert ("disc_loss_total" in losses) == (discriminator_train_start_steps == 0)
     assert state.first_bad_step.device == meta
 
 
 def test_one_clip_can_be_learnt_by_heart(tmp_path):
     """In 120 updates its mel error falls to a quarter, below its distance from a similar clip."""
-    h = toy_config(tmp_path, adversarial_from=120, learning_rate=0.003, segment_size=8192)
+    h = toy_config(
+        tmp_path, discriminator_train_start_steps=120, learning_rate=0.003, segment_size=8192
+    )
     state = build_state(h, CPU)
     wav, similar = (torch.from_numpy(speech_like(0.5, seed=seed)[:8192])[None] for seed in (0, 1))
     mel = state.mel_for_loss(wav)
@@ -380,8 +389,8 @@ def test_resuming_is_exact(run, tmp_path, optimizer):
 
 
 def test_the_recipe_is_the_config_s_and_what_changes_is_said(run, capsys):
-    """With `adversarial_from` 2, updates 1 and 2 have no discriminator loss, whatever the flags."""
-    write_config(run.config, adversarial_from=2)
+    """With `discriminator_train_start_steps` 2, updates 1 and 2 have no discriminator loss, whatever the flags."""
+    write_config(run.config, discriminator_train_start_steps=2)
     for steps in (1, 3):
         assert run(steps, "--stdout_interval", 1) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Steps : ")]
@@ -394,10 +403,13 @@ def test_the_recipe_is_the_config_s_and_what_changes_is_said(run, capsys):
     assert meta["command"].startswith("train.py --input_wavs_dir ")
     assert meta["command"].endswith("--training_steps 3 --stdout_interval 1")
     assert meta["config"] == run.config.read_text()
-    write_config(run.config, lr_decay=0.5)  # and without adversarial_from
+    write_config(run.config, lr_decay=0.5)  # and without discriminator_train_start_steps
     assert run(4) == 0
     said = capsys.readouterr().out
-    assert "changed since then: adversarial_from 2 -> 0; lr_decay 0.999 -> 0.5\n" in said
+    assert (
+        "changed since then: discriminator_train_start_steps 2 -> 0; lr_decay 0.999 -> 0.5\n"
+        in said
+    )
     assert run(5) == 0
     assert "changed since then" not in capsys.readouterr().out
 
@@ -663,7 +675,7 @@ def test_an_mrfs_run_is_not_continued_as_a_misr(run):
 
 
 def test_a_run_without_discriminators_saves_none(run, tmp_path, capsys):
-    write_config(run.config, adversarial_from=None)
+    write_config(run.config, discriminator_train_start_steps=None)
     assert run(3, folder=tmp_path / "straight") == 0
     assert run(2) == 0
     assert "M parameters, no discriminators\n" in capsys.readouterr().out
@@ -678,18 +690,18 @@ def test_a_run_without_discriminators_saves_none(run, tmp_path, capsys):
 
 
 def test_a_run_may_go_on_with_other_consistency_steps(run):
-    write_config(run.config, "configs/frame_v3.json", consistency_steps=1)
+    write_config(run.config, "configs/frame_v3.json", griffin_lim_steps=1)
     run(1)
-    write_config(run.config, "configs/frame_v3.json", consistency_steps=2)
+    write_config(run.config, "configs/frame_v3.json", griffin_lim_steps=2)
     assert run(2) == 0
     write_config(run.config)
-    with pytest.raises(UserError, match="a run with consistency_steps, but now without: expected"):
+    with pytest.raises(UserError, match="a run with griffin_lim_steps, but now without: expected"):
         run(3)
 
 
 def test_a_run_may_go_on_without_its_discriminators(run):
     run(1)
-    write_config(run.config, adversarial_from=None)
+    write_config(run.config, discriminator_train_start_steps=None)
     assert run(2) == 0
     assert contents(run.folder, 2)["do"]["mpd"] == {}
 
@@ -753,9 +765,9 @@ def test_warm_start_takes_what_fits(run, tmp_path, capsys):
     ],
 )
 def test_warm_start_goes_on_where_there_are_no_discriminators(run, capsys, theirs, ours, said):
-    write_config(run.config, adversarial_from=theirs)
+    write_config(run.config, discriminator_train_start_steps=theirs)
     run(1)
-    write_config(run.config, adversarial_from=ours)
+    write_config(run.config, discriminator_train_start_steps=ours)
     state = build_state(load_config(run.config), CPU)
     warm_start(state, [checkpoint_path(run.folder, p, 1) for p in ("g", "do")])
     output = capsys.readouterr().out
@@ -768,8 +780,8 @@ def test_an_mrf_of_more_stages_gives_the_blocks_of_the_first(tmp_path, capsys):
     torch.manual_seed(0)
     theirs = Generator(toy_config(tmp_path, "configs/hifigan_v1.json"))
     path = tmp_path / "g_00000001"
-    save_checkpoint(path, {"generator": family_weights(theirs)})
-    state = build_state(toy_config(tmp_path, "configs/istft_v1.json"), CPU)
+    save_checkpoint(path, {"generator": to_hifigan_names(theirs)})
+    state = build_state(toy_config(tmp_path, "configs/istft_v2.json"), CPU)
     warm_start(state, [path])
     output = capsys.readouterr().out
     assert re.search(r"the shared blocks from its resblocks 2, 5;", output)

@@ -23,15 +23,15 @@ from audio import write_npy, write_wav
 from env import UserError
 from tools.toy import ROOT
 from utils import (
-    Tally,
+    FileProgress,
     WriteError,
+    atomic_write,
     boolean,
     command_line,
     find_file,
     find_files,
     plan_outputs,
     positive,
-    replacing,
 )
 
 
@@ -58,7 +58,7 @@ def full_disk(size: int = 1000):
 
 def test_replacing_writes_the_file_and_its_folders(tmp_path):
     path = tmp_path / "new" / "folders" / "file"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
         assert not path.exists()
     assert path.read_text() == "new"
@@ -69,7 +69,7 @@ def test_replacing_writes_the_file_and_its_folders(tmp_path):
 def test_old_contents_survive_an_exception_half_way(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), replacing(path) as temporary:
+    with pytest.raises(error), atomic_write(path) as temporary:
         temporary.write_text("ne")
         raise error
     assert path.read_text() == "old"
@@ -80,7 +80,7 @@ def test_old_contents_survive_an_exception_half_way(tmp_path, error):
 def test_permissions_follow_the_umask(tmp_path, umask, mode):
     saved = os.umask(umask)
     try:
-        with replacing(tmp_path / "file") as temporary:
+        with atomic_write(tmp_path / "file") as temporary:
             temporary.write_text("new")
         assert os.umask(umask) == umask  # left as it was
     finally:
@@ -92,7 +92,7 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
 def test_an_unwritable_place_is_named(tmp_path, place):
     write_files(tmp_path, "a_file", "a_folder/inside")
     path = tmp_path / place
-    with pytest.raises(UserError) as error, replacing(path) as temporary:
+    with pytest.raises(UserError) as error, atomic_write(path) as temporary:
         temporary.write_text("new")
     assert str(error.value).startswith(f"{path}: cannot be written")
     assert sorted(os.listdir(tmp_path)) == ["a_file", "a_folder"]
@@ -283,7 +283,7 @@ def test_the_first_extension_is_taken_and_the_very_name_before_its_likes(tmp_pat
 @pytest.mark.parametrize("bad, status", [((), 0), (("b",), 1), (("a", "b", "c"), 1)])
 def test_a_bad_file_is_named_and_the_others_are_done(bad, status, capsys):
     done = []
-    with Tally(3, "out") as tally:
+    with FileProgress(3, "out") as tally:
         for name in "abc":
             with tally.skipping():
                 if name in bad:
@@ -300,14 +300,18 @@ def test_a_bad_file_is_named_and_the_others_are_done(bad, status, capsys):
 
 @pytest.mark.parametrize("error", [WriteError("out/b: full"), ValueError("a bug")])
 def test_what_the_next_file_would_meet_too_ends_the_command(error, capsys):
-    with pytest.raises(type(error), match=str(error)), Tally(3, "out") as tally, tally.skipping():
+    with (
+        pytest.raises(type(error), match=str(error)),
+        FileProgress(3, "out") as tally,
+        tally.skipping(),
+    ):
         raise error
     assert "written" not in capsys.readouterr().out
 
 
 def test_sigterm_unwinds_the_stack_while_files_are_made_and_then_is_as_before():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end, Tally(1, "out"):
+    with pytest.raises(SystemExit) as end, FileProgress(1, "out"):
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
@@ -379,7 +383,7 @@ def test_a_command_needs_no_terminal_and_no_streams(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
 
     def main():
-        with Tally(1, "out") as tally, tally.skipping():
+        with FileProgress(1, "out") as tally, tally.skipping():
             raise UserError("a: broken")
         return tally.status
 
@@ -397,9 +401,9 @@ def test_a_library_call_may_have_something_to_say_in_a_service(monkeypatch):
 
 COMMAND = """
 from env import UserError
-from utils import Tally, command_line, say
+from utils import FileProgress, command_line, say
 def main():
-    with Tally(2, "out") as tally:
+    with FileProgress(2, "out") as tally:
         for name in "ab":
             with tally.skipping():
                 say(name)

@@ -16,15 +16,16 @@ import inference_e2e
 from audio import load_wav
 from checkpoint import build_state, checkpoint_path, checkpoint_steps, resume, save, warm_start
 from env import Config, UserError, load_config
+from evaluation.metrics import METRICS, Pair
 from inference import load_generator, synthesize
 from meldataset import LogMelSpectrogram
-from metrics import METRICS, Pair
 from models import Generator
 from tests.conftest import new_checkpoint, random_mel
-from tools import convert, textbook
-from tools.textbook import weight_norm
+from tools import convert
+from tools import hifigan_reference as textbook
+from tools.hifigan_reference import weight_norm
 from tools.toy import ROOT, run_main, save_checkpoint, toy_config, write_config
-from weights import family_weights, load_weights
+from weights import load_weights, to_hifigan_names
 
 MRF_CONFIG = "configs/hifigan_v2.json"
 CPU = torch.device("cpu")
@@ -285,9 +286,9 @@ def test_other_generators_have_the_old_names_too(config, tmp_path):
     convs = [name for name, m in generator.named_modules() if isinstance(m, nn.Conv1d)]
     convs += [f"ups.{i}" for i in range(len(generator.ups))]
     expected = {f"{name}.{part}" for name in convs for part in ("bias", "weight_g", "weight_v")}
-    normalised = family_weights(generator)
+    normalised = to_hifigan_names(generator)
     generator.remove_weight_norm()
-    folded = family_weights(generator)
+    folded = to_hifigan_names(generator)
     assert set(normalised) == set(folded) == expected
     for weights in (normalised, folded):
         for name in convs:
@@ -309,7 +310,7 @@ GOLDEN_CONFIGS = {
 def golden_checkpoint(folder: Path, config: str, changes: dict) -> Path:
     """A toy g_ file whose weights follow from NumPy's RandomState, which never changes."""
     h = load_config(write_config(folder / "config.json", config, **changes))
-    shapes = {key: value.shape for key, value in family_weights(Generator(h)).items()}
+    shapes = {key: value.shape for key, value in to_hifigan_names(Generator(h)).items()}
     random, weights = np.random.RandomState(0), {}
     for key, shape in sorted(shapes.items()):
         values = random.standard_normal(tuple(shape))
@@ -359,7 +360,7 @@ def test_a_first_step_from_folded_weights_changes_them_little(std):
     """As from HiFi-GAN's own; and the weight is the same, bit for bit."""
     folded, again, normed = (torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3)) for _ in range(3))
     torch.nn.init.normal_(folded[0].weight, std=std)
-    load_weights(again, family_weights(folded), "g")
+    load_weights(again, to_hifigan_names(folded), "g")
     assert torch.equal(again[0].weight, folded[0].weight)
     torch.nn.utils.parametrizations.weight_norm(normed[0])
     load_weights(normed, folded.state_dict(), "g")

@@ -5,7 +5,7 @@
 
 What is compared runs in turns within one process, on random data: our generators beside HiFi-GAN's
 of the same width as plain eager convolutions, our training step beside the textbook's (both from
-tools/textbook.py). Figures are medians; quote the ratios. For Linux, whose files in /proc it reads.
+tools/hifigan_reference.py). Figures are medians; quote the ratios. For Linux, whose files in /proc it reads.
 """
 
 import argparse
@@ -38,18 +38,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from checkpoint import build_state
 from distributed import computes_in_bfloat16, select_device, speed_up_cpu
 from env import Config, load_config
-from inference import prepare, stream, synthesize
+from inference import stream, synthesize, to_inference
 from meldataset import LogMelSpectrogram
 from models import Discriminators, Generator
-from tools import textbook
+from tools import hifigan_reference as textbook
 from train import training_step
 from utils import (
+    atomic_write,
     command_line,
     command_parser,
     is_out_of_memory,
     natural,
     positive,
-    replacing,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +178,7 @@ def inference_contestants(h: Config, device: torch.device, seconds: float) -> di
 def ready_generator(h: Config, device: torch.device, precision: str) -> Generator:
     """A generator with random weights, as `load_generator` would give it."""
     torch.manual_seed(h.seed)
-    return prepare(Generator(h), device, precision)
+    return to_inference(Generator(h), device, precision)
 
 
 def inference_row(config: str, seconds: int, device: torch.device, repeats: int) -> Row:
@@ -418,7 +418,7 @@ def main() -> None:
         print()
         results[name] = show(rows)
     if a.output:
-        with replacing(a.output) as temporary:
+        with atomic_write(a.output) as temporary:
             temporary.write_text(json.dumps(results, indent=2))
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from distributed import speed_up_cpu
 from env import Config, load_config
 from export_onnx import to_onnx
-from inference import prepare
+from inference import to_inference
 from models import Generator
 from tools.benchmark import Row, machine, show, spread_of
 from utils import command_line, command_parser, positive
@@ -51,7 +51,7 @@ Run = Callable[[], object]  # synthesizes once
 def fresh_generator(h: Config, precision: str = "fp32") -> Generator:
     """A generator ready to speak, with the same random weights in every process."""
     torch.manual_seed(0)
-    return prepare(Generator(h), torch.device("cpu"), precision)
+    return to_inference(Generator(h), torch.device("cpu"), precision)
 
 
 def random_mel(case: Case) -> torch.Tensor:

@@ -19,7 +19,7 @@ TOY = {
     "batch_size": 2,
     "num_workers": 0,
 }
-NULLS = ("fmax", "fmax_for_loss", "adversarial_from")  # for which null is a value
+NULLS = ("fmax", "fmax_for_loss", "discriminator_train_start_steps")  # for which null is a value
 
 
 def toy_values(config: str = "config_v2.json", **changes) -> dict:

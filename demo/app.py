@@ -10,6 +10,7 @@ will do, each with its config.json beside it; Griffin-Lim, which has learnt noth
 import argparse
 import functools
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +21,13 @@ import librosa
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from audio import load_wav, write_wav
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
+from evaluation.plots import plot_spectrogram
 from inference import Streamer, load_generator
 from meldataset import LogMelSpectrogram, mel_filterbank, mel_of_stretch
-from pictures import plot_spectrogram
 from utils import command_line, command_parser, is_out_of_memory, natural, say
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is told to anybody

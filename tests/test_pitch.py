@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from losses import EDGE, SourceLoss
 from meldataset import LogMelSpectrogram
+from pitch import F0_PERIODS, PitchEstimator, Voice
 from tools.toy import toy_config
-from voice import EDGE, F0_PERIODS, Voice, VoiceLoss, VoiceMeter
 
 FRAMES = "configs/frame_v2.json"
 SHAPES = {
@@ -37,7 +38,7 @@ def sung(h, log_f0: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("hz", [70, 120, 210, 380])
 def test_the_pitch_of_a_steady_voice(h, hz):
-    log_f0, periodicity, noise = VoiceMeter(h)(sung(h, np.full(40, math.log(hz))))
+    log_f0, periodicity, noise = PitchEstimator(h)(sung(h, np.full(40, math.log(hz))))
     assert log_f0.shape == periodicity.shape == (1, 40)
     assert noise.shape == (1, 40, h.n_fft // 2 + 1)
     cents = 1200 / math.log(2) * (log_f0 - math.log(hz))[0, EDGE + 4 : -EDGE - 4]
@@ -49,7 +50,7 @@ def test_the_pitch_of_a_steady_voice(h, hz):
 
 def test_the_pitch_of_a_voice_that_glides(h):
     expected = math.log(200) + 0.3 * np.sin(np.arange(60) * h.hop_size / h.sampling_rate * 6)
-    log_f0, _, noise = VoiceMeter(h)(sung(h, expected))
+    log_f0, _, noise = PitchEstimator(h)(sung(h, expected))
     inner = slice(EDGE + 4, -EDGE - 4)
     cents = 1200 / math.log(2) * (log_f0[0].numpy() - expected)[inner]
     assert np.abs(cents).max() < 40
@@ -65,7 +66,7 @@ def test_noise_is_noise_above_a_voice_and_everywhere_without_one(h):
     hiss = torch.fft.irfft(hiss * (hz > 4000), n=n)
     voice = torch.fft.rfft(sung(h, np.full(60, math.log(150))))
     voice = torch.fft.irfft(voice * (hz < 2000), n=n)
-    meter = VoiceMeter(h)
+    meter = PitchEstimator(h)
     _, periodicity, noise = meter(voice + 0.03 * hiss)
     bins = torch.arange(h.n_fft // 2 + 1) * h.sampling_rate / h.n_fft
     inner = noise[0, EDGE + 4 : -EDGE - 4]
@@ -82,7 +83,7 @@ def test_the_periodicity_is_the_correlation_with_what_comes_a_period_later(h):
     generator = torch.Generator().manual_seed(0)
     clicks = torch.rand(147, generator=generator) < 0.07
     wav = clicks.float().repeat(-(-40 * h.hop_size // 147))[None, : 40 * h.hop_size]
-    meter = VoiceMeter(h)
+    meter = PitchEstimator(h)
     log_f0, periodicity, _ = meter(wav)
     cosine = torch.nn.CosineSimilarity(dim=0)
     compared = F0_PERIODS * meter.longest
@@ -96,7 +97,7 @@ def test_the_periodicity_is_the_correlation_with_what_comes_a_period_later(h):
 
 
 def test_silence_has_no_voice(h):
-    for value in VoiceMeter(h)(torch.zeros(2, 20 * h.hop_size)):
+    for value in PitchEstimator(h)(torch.zeros(2, 20 * h.hop_size)):
         assert value.isfinite().all()
 
 
@@ -104,7 +105,7 @@ def test_the_loss_is_nothing_for_what_is_right_and_counts_what_is_voiced(tmp_pat
     h = toy_config(tmp_path, FRAMES)
     wav = sung(h, np.full(40, math.log(180)))
     wav[:, 20 * 256 :] = 0.05 * torch.randn(1, 20 * 256, generator=torch.Generator().manual_seed(0))
-    loss, (log_f0, periodicity, noise) = VoiceLoss(h), VoiceMeter(h)(wav)
+    loss, (log_f0, periodicity, noise) = SourceLoss(h), PitchEstimator(h)(wav)
     right = Voice(log_f0, noise, cycles=torch.zeros(1, 40))
     assert float(loss(right, wav)) == 0
     weight = (periodicity - 0.5).clamp(min=0)[:, EDGE:-EDGE]
@@ -124,7 +125,7 @@ def test_frames_lie_where_the_mels_lie(tmp_path):
     h = toy_config(tmp_path, FRAMES)
     wav = torch.zeros(1, 60 * 256)
     wav[:, 24 * 256 : 36 * 256] = sung(h, np.full(12, math.log(200)))
-    _, periodicity, _ = VoiceMeter(h)(wav)
+    _, periodicity, _ = PitchEstimator(h)(wav)
     loud = LogMelSpectrogram(h, h.fmax)(wav)[0].mean(0)
     middles = [float((x * torch.arange(60)).sum() / x.sum()) for x in (periodicity[0], loud.exp())]
     assert middles == pytest.approx([29.5, 29.5], abs=0.6)

@@ -12,7 +12,7 @@ import scipy.stats
 from tqdm import tqdm
 
 from env import Config, one_line
-from metrics import SEED, SIDES, Measurement, Metric, name_missing
+from evaluation.metrics import SEED, SIDES, Measurement, Metric, name_missing
 
 RECORDINGS = SIDES[0]  # the system that the others are compared with
 CONFIDENCE = 0.95

@@ -11,7 +11,7 @@ from torch import nn
 
 from env import Config
 from meldataset import MIN_MAGNITUDE, LogMelSpectrogram
-from voice import F0_RANGE, Voice
+from pitch import F0_RANGE, Voice
 
 PITCHES = 64  # between which a pitch lies, weighed by a softmax
 NOISE_FRAMES = 2048  # of noise, which then comes again
@@ -23,16 +23,16 @@ BELL_SIZE = math.exp(-BELL) * math.sqrt(float(torch.i0(torch.tensor(2 * BELL))))
 MOMENTUM = 0.99  # of the consistency steps
 TRAINED_STEPS = 8  # of them, at most, while one trains
 SOFTNESS = 0.08  # the share of the power asked for in the power that a direction is divided by
-PLACE = 4  # bins, which the refiner sees as one
-HINTS = 3  # of the blocks to the refiner, for each place
+PATCH_BINS = 4  # bins, which the refiner sees as one
+COND_CHANNELS = 3  # of the blocks to the refiner, for each place
 REFINER_DILATIONS = (1, 2, 4)  # along frequency
-LARGE = 3.0  # a log magnitude that counts as 1
+LOG_MAG_SCALE = 3.0  # a log magnitude that counts as 1
 LRELU_SLOPE = 0.1  # as in all of HiFi-GAN but its last layer
 MIN_WINDOW = 1e-3  # sum of squared windows, near the ends
 MIN_SIZE = 1e-5  # of the numbers of a spectrum, for their directions
 
 
-class InverseSTFT(nn.Module):
+class ISTFTHead(nn.Module):
     """Log magnitudes and phases [B, n_fft + 2, F] -> waveform [B, 1, (F - 1) * hop_size].
 
     The upper half of the channels becomes angles by a sine, as in the public ports; pi times the
@@ -68,7 +68,7 @@ class InverseSTFT(nn.Module):
         return F.conv_transpose1d(x, frames, stride=self.hop_size, padding=self.n_fft // 2)
 
 
-class Origin(NamedTuple):
+class PhaseState(NamedTuple):
     """Where a piece of a mel lies in the whole, so that its pulses and its noise go on."""
 
     frame: int = 0  # which frame of the whole is the piece's first
@@ -77,14 +77,14 @@ class Origin(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """What a HarmonicSTFT makes speech of: STFTs [B, T, bins, 2] of unit power, and their voice."""
+    """What a HarmonicNoiseHead makes speech of: STFTs [B, T, bins, 2] of unit power, and their voice."""
 
     pulses: torch.Tensor
     noise: torch.Tensor
     voice: Voice
 
 
-class HarmonicSTFT(nn.Module):
+class HarmonicNoiseHead(nn.Module):
     """Pulses and noise, given the mel's spectrum: [B, channels, T], mel -> [B, 1, T * hop_size].
 
     The channels are, for each frame, a pitch, how much of each bin is noise, a correction of its
@@ -92,7 +92,7 @@ class HarmonicSTFT(nn.Module):
     regression sound like a hum; but pulses at the right pitch, and noise, have phases like speech.
     In a voice, noise comes in bursts, one with each pulse. Their STFT is brought to the levels of
     the mel, band by band, corrected, and refined. What comes out is no STFT of any waveform, so the
-    inverse is followed by `consistency_steps`: STFT, keep the phase, put the magnitude back,
+    inverse is followed by `griffin_lim_steps`: STFT, keep the phase, put the magnitude back,
     inverse STFT, with momentum. One trains with the phases to which these lead, but not through the
     steps.
 
@@ -105,10 +105,10 @@ class HarmonicSTFT(nn.Module):
 
     def __init__(self, h: Config):
         super().__init__()
-        self.stft, self.pulses, self.steps = STFT(h), Pulses(h), h.consistency_steps
+        self.stft, self.pulses, self.steps = STFT(h), Pulses(h), h.griffin_lim_steps
         bins = h.n_fft // 2 + 1
         self.refiner = Refiner(h)
-        self.channels = (bins, bins, PITCHES, HINTS * self.refiner.places)
+        self.channels = (bins, bins, PITCHES, COND_CHANNELS * self.refiner.places)
         self.in_channels = sum(self.channels)
         self.max_log_magnitude = math.log(h.n_fft)  # which no window of [-1, 1] exceeds
         low, high = map(math.log, F0_RANGE)
@@ -132,9 +132,9 @@ class HarmonicSTFT(nn.Module):
         return max(before, after) + self.refiner.reach + self.steps * self.stft.overlap
 
     def forward(
-        self, x: torch.Tensor, mel: torch.Tensor, origin: Origin
+        self, x: torch.Tensor, mel: torch.Tensor, origin: PhaseState
     ) -> tuple[torch.Tensor, Voice]:
-        sources = self.sources(x, by_chance(mel) if self.training else origin)
+        sources = self.sources(x, random_phase_state(mel) if self.training else origin)
         spectrum, log_magnitude = self.spectrum(x, mel, sources)
         with _in_full_precision(x):
             magnitude = log_magnitude.clamp(max=self.max_log_magnitude).exp()
@@ -149,7 +149,7 @@ class HarmonicSTFT(nn.Module):
         with _in_full_precision(x):
             return pitch.double().softmax(2) @ self.pitches, noise.sigmoid()
 
-    def sources(self, x: torch.Tensor, origin: Origin) -> Sources:
+    def sources(self, x: torch.Tensor, origin: PhaseState) -> Sources:
         """Pulses and noise of the voice of which x [B, in_channels, T] speaks."""
         log_f0, share = self.voice(x)
         with _in_full_precision(x):
@@ -177,7 +177,11 @@ class HarmonicSTFT(nn.Module):
             lift = (mel - level) @ self.spread
             log_magnitude = size.log() + lift + correction
             logs = log_magnitude.detach(), _size(pulses).log(), _size(noise).log(), lift
-            views = [*(log / LARGE for log in logs), mel / LARGE @ self.spread, share]
+            views = [
+                *(log / LOG_MAG_SCALE for log in logs),
+                mel / LOG_MAG_SCALE @ self.spread,
+                share,
+            ]
         refinement = self.refiner(views, hints)
         return spectrum, log_magnitude + refinement.to(x.dtype)
 
@@ -219,10 +223,10 @@ class HarmonicSTFT(nn.Module):
 class Refiner(nn.Module):
     """Spectra seen as a picture, and hints for its places -> what to add to log magnitudes.
 
-    VIEWS of [B, T, bins], hints [B, T, HINTS * places] -> [B, T, bins].
+    VIEWS of [B, T, bins], hints [B, T, COND_CHANNELS * places] -> [B, T, bins].
 
     Residual units of convolutions over time and frequency, of two as in ResBlock1 or of one as in
-    ResBlock2; a place is PLACE bins. What the blocks know of many bins, the few bands of a mel say;
+    ResBlock2; a place is PATCH_BINS bins. What the blocks know of many bins, the few bands of a mel say;
     here harmonics are seen, and what lies between them. At the top, bins too few for a place are
     left.
     """
@@ -232,12 +236,12 @@ class Refiner(nn.Module):
     def __init__(self, h: Config):
         super().__init__()
         C, self.bins = h.refiner_channels, h.n_fft // 2 + 1
-        self.places = self.bins // PLACE
-        self.conv_pre = _conv2d(self.VIEWS * PLACE + HINTS, C)
+        self.places = self.bins // PATCH_BINS
+        self.conv_pre = _conv2d(self.VIEWS * PATCH_BINS + COND_CHANNELS, C)
         self.convs1 = nn.ModuleList(_conv2d(C, C, dilation) for dilation in REFINER_DILATIONS)
         seconds = REFINER_DILATIONS if h.resblock == "1" else ()
         self.convs2 = nn.ModuleList(_conv2d(C, C) for _ in seconds)
-        self.linear_post = nn.Linear(C, PLACE)
+        self.linear_post = nn.Linear(C, PATCH_BINS)
         nn.init.normal_(self.linear_post.weight, std=0.01)  # it starts by adding next to nothing
         nn.init.zeros_(self.linear_post.bias)
 
@@ -247,7 +251,7 @@ class Refiner(nn.Module):
         return 1 + len(self.convs1) + len(self.convs2)
 
     def forward(self, views: Sequence[torch.Tensor], hints: torch.Tensor) -> torch.Tensor:
-        picture = [view[:, :, : self.places * PLACE] for view in views]
+        picture = [view[:, :, : self.places * PATCH_BINS] for view in views]
         x = torch.cat([each.unflatten(2, (self.places, -1)) for each in (*picture, hints)], dim=3)
         x = self.conv_pre(x.to(self.linear_post.bias.dtype).permute(0, 3, 1, 2))
         for conv1, conv2 in itertools.zip_longest(self.convs1, self.convs2):
@@ -278,7 +282,7 @@ class Pulses(nn.Module):
         _keep(self, "shares", torch.stack([(-place).relu(), 1 - place.abs(), place.relu()]))
 
     def forward(
-        self, log_f0: torch.Tensor, origin: Origin, dtype: torch.dtype
+        self, log_f0: torch.Tensor, origin: PhaseState, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         f0 = self.along(log_f0).exp()
         per_sample = f0 / self.sampling_rate
@@ -384,11 +388,11 @@ def _conv2d(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Conv2d
     )
 
 
-def by_chance(mel: torch.Tensor) -> Origin:
+def random_phase_state(mel: torch.Tensor) -> PhaseState:
     """Of no meaning, but another for each of [B, num_mels, T], and the same again."""
     rows = torch.arange(len(mel), device=mel.device)[:, None]
     chance = mel.double().sum((1, 2)).square()[:, None] + 1000 * math.pi * rows
-    return Origin(chance.long(), cycles=chance)
+    return PhaseState(chance.long(), cycles=chance)
 
 
 def _in_full_precision(x: torch.Tensor) -> torch.autocast:

@@ -9,14 +9,13 @@ import torch
 from checkpoint import State
 from env import UserError
 from meldataset import MelDataset
-from tools import learn
 from tools.toy import ROOT, TOY, corpus_arguments, run_main
 
 
 def test_the_script_prints_a_row_of_the_table_for_each_variant(corpus, monkeypatch, capsys):
-    monkeypatch.setattr(learn, "COMMON", learn.COMMON | TOY)
+    monkeypatch.setattr(ablate, "COMMON", ablate.COMMON | TOY)
     flags = corpus_arguments(corpus)[:6]
-    run_main(learn, *flags, "--variants", "misr", "n_2", "--seeds", 7, "--updates", 1)
+    run_main(ablate, *flags, "--variants", "misr", "n_2", "--seeds", 7, "--updates", 1)
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [re.match(r"\| (\w+) ", row)[1] for row in rows] == ["misr", "n_2"]
     for row in rows:
@@ -27,16 +26,16 @@ def test_the_script_prints_a_row_of_the_table_for_each_variant(corpus, monkeypat
 @pytest.fixture
 def update(corpus, monkeypatch):
     """A function that makes a variant's state, at toy size, and gives it one update."""
-    monkeypatch.setattr(learn, "COMMON", learn.COMMON | TOY)
-    monkeypatch.setattr(learn, "WARM_UP", 1)
+    monkeypatch.setattr(ablate, "COMMON", ablate.COMMON | TOY)
+    monkeypatch.setattr(ablate, "WARM_UP", 1)
 
     def update(name: str, adversarial: bool) -> tuple[State, dict[str, torch.Tensor]]:
         """The state after it, and the generator's parameters before it."""
-        h = learn.make_config(learn.VARIANTS[name], 1, batch_size=2, adversarial=adversarial)
-        state = learn.make_state(learn.VARIANTS[name], h)
+        h = ablate.make_config(ablate.VARIANTS[name], 1, batch_size=2, adversarial=adversarial)
+        state = ablate.make_state(ablate.VARIANTS[name], h)
         before = {name: p.detach().clone() for name, p in state.generator.named_parameters()}
         clips = MelDataset(h, corpus / "training.txt", corpus / "wavs")
-        learn.learn(state, clips, updates=1)
+        ablate.ablate(state, clips, updates=1)
         return state, before
 
     return update
@@ -75,14 +74,14 @@ def test_the_default_initialisation_is_pytorch_s():
 
 def new_input_conv(name: str) -> torch.nn.Conv1d:
     """The first input convolution of a variant."""
-    h = learn.make_config(learn.VARIANTS[name], 1, batch_size=4, adversarial=False)
-    return learn.make_state(learn.VARIANTS[name], h).generator.resblocks[0].input_conv
+    h = ablate.make_config(ablate.VARIANTS[name], 1, batch_size=4, adversarial=False)
+    return ablate.make_state(ablate.VARIANTS[name], h).generator.resblocks[0].input_conv
 
 
 def test_too_few_clips_are_an_error_and_no_endless_wait(corpus):
     flags = corpus_arguments(corpus)[:6]
     with pytest.raises(UserError, match="expected 9 clips to train on"):
-        run_main(learn, *flags, "--batch_size", 9, "--updates", 1)
+        run_main(ablate, *flags, "--batch_size", 9, "--updates", 1)
 
 
 def test_rows_of_the_results_are_variants_and_have_their_parameters():
@@ -91,7 +90,7 @@ def test_rows_of_the_results_are_variants_and_have_their_parameters():
     found = re.findall(rows, text, re.MULTILINE)
     assert len(found) >= 14
     for name, count in set(found):
-        h = learn.make_config(learn.VARIANTS[name], 1, batch_size=4, adversarial=False)
-        generator = learn.make_state(learn.VARIANTS[name], h).generator
+        h = ablate.make_config(ablate.VARIANTS[name], 1, batch_size=4, adversarial=False)
+        generator = ablate.make_state(ablate.VARIANTS[name], h).generator
         generator.remove_weight_norm()
         assert f"{sum(p.numel() for p in generator.parameters()):,}" == count, name

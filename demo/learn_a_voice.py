@@ -27,6 +27,7 @@ import soundfile
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from checkpoint import checkpoint_path, checkpoint_steps
 from distributed import computes_in_bfloat16, select_device
 from env import UserError

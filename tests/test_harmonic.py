@@ -10,29 +10,29 @@ import torch.nn.functional as F
 
 from checkpoint import build_state
 from env import UserError, load_config
-from heads import (
-    HINTS,
-    PLACE,
+from harmonic import (
+    COND_CHANNELS,
+    PATCH_BINS,
     TRAINED_STEPS,
-    HarmonicSTFT,
-    Origin,
+    HarmonicNoiseHead,
+    PhaseState,
     Refiner,
     _softness,
     _with_magnitude,
 )
-from inference import Streamer, prepare, synthesize
-from meldataset import REPULSION, SILENT_LOG_MEL, LogMelSpectrogram, MelLoss
-from models import Generator, discriminator_loss
+from inference import Streamer, synthesize, to_inference
+from losses import REPULSION, MelLoss, SourceLoss, discriminator_loss
+from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
+from models import Generator
 from tools.toy import speech_like, toy_config, write_config
 from train import LAMBDA_VOICE, training_step
-from voice import VoiceLoss
 
 FRAMES = "configs/frame_v2.json"
 ODD = {"hop_size": 200, "n_fft": 900, "win_size": 800, "segment_size": 4000}
 
 
-def make_head(tmp_path, **changes) -> HarmonicSTFT:
-    return HarmonicSTFT(toy_config(tmp_path, FRAMES, **changes)).double().eval()
+def make_head(tmp_path, **changes) -> HarmonicNoiseHead:
+    return HarmonicNoiseHead(toy_config(tmp_path, FRAMES, **changes)).double().eval()
 
 
 def sizes(spectrum: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_exported_transforms_equal_the_fast_ones(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_of_a_right_spectrum_it_makes_the_waveform(tmp_path, steps):
-    head = make_head(tmp_path, consistency_steps=steps)
+    head = make_head(tmp_path, griffin_lim_steps=steps)
     wav = torch.from_numpy(speech_like(0.6))[None, : 50 * head.stft.hop_size].double()
     spectrum = head.stft(torch.nn.functional.pad(wav, head.stft.edges))
     again = head._consistent(spectrum, sizes(spectrum))[:, 0]
@@ -84,7 +84,7 @@ def test_steps_make_a_spectrogram_of_some_waveform(tmp_path):
     torch.manual_seed(1)
     random = torch.randn(*wanted.shape, 2, dtype=torch.float64)
     for steps in (0, 4, 16):
-        head = make_head(tmp_path, consistency_steps=steps)
+        head = make_head(tmp_path, griffin_lim_steps=steps)
         made = head._consistent(random, wanted)[:, 0].detach()
         magnitude = sizes(head.stft(torch.nn.functional.pad(made, head.stft.edges)))
         errors.append(float(((magnitude - wanted)[:, 4:-4]).norm() / wanted[:, 4:-4].norm()))
@@ -97,7 +97,7 @@ def test_pulses_are_all_harmonics_of_a_pitch_that_glides(tmp_path):
     head = make_head(tmp_path)
     log_f0 = torch.linspace(math.log(90), math.log(400), 12, dtype=torch.float64)[None]
     edge, hop = head.stft.edges[0], head.stft.hop_size
-    pulses, between, cycles = head.pulses(log_f0, Origin(cycles=0.3), torch.float64)
+    pulses, between, cycles = head.pulses(log_f0, PhaseState(cycles=0.3), torch.float64)
     centres = (np.arange(12) + 0.5) * hop
     f0 = np.exp(np.interp(np.arange(12 * hop) + 0.5, centres, log_f0[0]))
     turns = 0.3 + np.concatenate([[0], np.cumsum(f0 / 22050)[:-1]])
@@ -144,7 +144,7 @@ def test_what_nearly_cancels_is_given_no_direction_of_its_own():
 def test_in_training_phases_are_given(tmp_path):
     """A magnitude is heard in its own window, though the steps change phases farther away."""
     torch.manual_seed(0)
-    head, frames = make_head(tmp_path, consistency_steps=6).train(), 40
+    head, frames = make_head(tmp_path, griffin_lim_steps=6).train(), 40
     spectrum = torch.randn(1, frames, 513, 2, dtype=torch.float64)
     magnitude = sizes(spectrum).requires_grad_()
     wav = head._consistent(spectrum, magnitude)
@@ -159,7 +159,7 @@ def test_in_training_phases_are_given(tmp_path):
 
 def test_one_trains_with_the_first_steps(tmp_path):
     torch.manual_seed(0)
-    few, many = (make_head(tmp_path, consistency_steps=n) for n in (TRAINED_STEPS, 12))
+    few, many = (make_head(tmp_path, griffin_lim_steps=n) for n in (TRAINED_STEPS, 12))
     spectrum = torch.randn(1, 20, 513, 2, dtype=torch.float64)
     heard = few._consistent(spectrum, sizes(spectrum))
     assert not torch.allclose(heard, many._consistent(spectrum, sizes(spectrum)), atol=1e-3)
@@ -177,14 +177,14 @@ def test_a_refiner_adds_little_at_first_and_sees_frames_as_far_as_it_says(
     torch.manual_seed(0)
     refiner = Refiner(toy_config(tmp_path, FRAMES, **changes)).double().requires_grad_(False)
     views = list(torch.randn(Refiner.VIEWS, 1, 41, 513, dtype=torch.float64))
-    hints = torch.randn(1, 41, HINTS * refiner.places, dtype=torch.float64)
+    hints = torch.randn(1, 41, COND_CHANNELS * refiner.places, dtype=torch.float64)
     refinement = refiner(views, hints)
     assert 0 < float(refinement.std()) < 0.05
-    size, place = PLACE, 30
+    size, place = PATCH_BINS, 30
     assert refiner.reach == frames
     for number in range(Refiner.VIEWS + 1):
         others = [each.clone() for each in (*views, hints)]
-        others[number][:, 20, (size if number < Refiner.VIEWS else HINTS) * place] += 1
+        others[number][:, 20, (size if number < Refiner.VIEWS else COND_CHANNELS) * place] += 1
         changed = (refiner(others[:-1], others[-1]) != refinement).nonzero()
         first, last = changed.amin(0), changed.amax(0)
         assert (int(first[1]), int(last[1])) == (20 - frames, 20 + frames)
@@ -198,23 +198,23 @@ def test_bins_at_the_top_that_fill_no_place_are_not_refined(tmp_path, changes, p
     refiner, bins = Refiner(h).requires_grad_(False), h.n_fft // 2 + 1
     assert refiner.places == places
     views = [torch.randn(1, 7, bins) for _ in range(Refiner.VIEWS)]
-    refinement = refiner(views, torch.randn(1, 7, HINTS * places))
+    refinement = refiner(views, torch.randn(1, 7, COND_CHANNELS * places))
     assert refinement.shape == (1, 7, bins)
-    assert (refinement[:, :, : PLACE * places] != 0).all()
-    assert (refinement[:, :, PLACE * places :] == 0).all()
+    assert (refinement[:, :, : PATCH_BINS * places] != 0).all()
+    assert (refinement[:, :, PATCH_BINS * places :] == 0).all()
 
 
 def test_pulses_and_noise_mix_and_take_the_level_of_the_mel(tmp_path):
     """Whatever the noise, a mel is heard again; pulses at a wrong pitch leave some bands empty."""
-    h = toy_config(tmp_path, FRAMES, consistency_steps=0)
-    head = HarmonicSTFT(h).eval().requires_grad_(False)
+    h = toy_config(tmp_path, FRAMES, griffin_lim_steps=0)
+    head = HarmonicNoiseHead(h).eval().requires_grad_(False)
     torch.nn.init.zeros_(head.refiner.linear_post.weight)
     mel = LogMelSpectrogram(h, h.fmax)(torch.from_numpy(speech_like(1.0)).float()[None])
     bins, errors = 513, []
     for noisy in (-9.0, 0.0, 9.0):
         x = torch.zeros(1, head.in_channels, mel.shape[2])
         x[:, bins : 2 * bins] = noisy
-        wav, voice = head(x, mel, Origin())
+        wav, voice = head(x, mel, PhaseState())
         errors.append(float((LogMelSpectrogram(h, h.fmax)(wav[:, 0]) - mel).abs().mean()))
         assert float(voice.noise.mean()) == pytest.approx(1 / (1 + math.exp(-noisy)))
     assert errors == pytest.approx([0.75, 0.32, 0.30], abs=0.03)
@@ -227,15 +227,15 @@ def test_only_the_voice_loss_teaches_pitch_and_noise(tmp_path):
     generator = Generator(h)
     wav = torch.from_numpy(speech_like(h.segment_size / h.sampling_rate)).float()[None]
     mel = LogMelSpectrogram(h, h.fmax)(wav)
-    wav_hat, voice = generator(mel, Origin())
+    wav_hat, voice = generator(mel, PhaseState())
 
     def gradients(loss: torch.Tensor) -> tuple[float, ...]:
         (gradient,) = torch.autograd.grad(loss, generator.conv_post.bias, retain_graph=True)
-        return tuple(float(part.abs().max()) for part in gradient.split(generator.istft.channels))
+        return tuple(float(part.abs().max()) for part in gradient.split(generator.head.channels))
 
     correction, noise, pitch, hints = gradients(wav_hat.square().mean())
     assert correction > 0 and hints > 0 and noise == pitch == 0
-    correction, noise, pitch, hints = gradients(VoiceLoss(h)(voice, wav))
+    correction, noise, pitch, hints = gradients(SourceLoss(h)(voice, wav))
     assert correction == hints == 0 and noise > 0 and pitch > 0
 
 
@@ -270,7 +270,7 @@ def test_a_frame_is_heard_as_far_as_the_receptive_field_says(
 ):
     """But for the phase, which goes on from wherever the pulses are anchored."""
     torch.manual_seed(0)
-    h = toy_config(tmp_path, FRAMES, consistency_steps=steps, **changes)
+    h = toy_config(tmp_path, FRAMES, griffin_lim_steps=steps, **changes)
     generator = Generator(h).double().eval()
     generator.remove_weight_norm()
     for weight in generator.parameters():  # heard as far as they reach
@@ -283,7 +283,7 @@ def test_a_frame_is_heard_as_far_as_the_receptive_field_says(
     other = mel.clone()
     other[:, :, frame] += 100
     for anchor, least in ((0, 0.0), (2 * frame, 1e-9)):  # what comes before has the same rounding
-        wavs = [generator(x, Origin(anchor=anchor))[0] for x in (mel, other)]
+        wavs = [generator(x, PhaseState(anchor=anchor))[0] for x in (mel, other)]
         samples = ((wavs[0] - wavs[1])[0, 0].abs() > least).nonzero()
         first, last = int(samples.min()) // h.hop_size, int(samples.max()) // h.hop_size
         if anchor == 0:
@@ -295,7 +295,7 @@ def test_a_frame_is_heard_as_far_as_the_receptive_field_says(
 def test_pieces_are_the_whole_and_one_frame_speaks(tmp_path):
     """In float64: in float32 the pitch is rounded, and a long voice adds that up in its phase."""
     torch.manual_seed(3)
-    generator = Generator(toy_config(tmp_path, FRAMES, consistency_steps=4)).double().eval()
+    generator = Generator(toy_config(tmp_path, FRAMES, griffin_lim_steps=4)).double().eval()
     mel = torch.randn(80, 300) - 5
     whole = synthesize(generator, mel)
     for cuts in ([37] * 8 + [4], [160] + [1] * 30 + [110]):
@@ -310,14 +310,14 @@ def test_pieces_are_the_whole_and_one_frame_speaks(tmp_path):
 
 
 def test_in_bfloat16_the_refiner_is_too_and_the_spectrum_is_not(tmp_path):
-    h = toy_config(tmp_path, FRAMES, consistency_steps=2)
+    h = toy_config(tmp_path, FRAMES, griffin_lim_steps=2)
     mel = LogMelSpectrogram(h, h.fmax)(torch.from_numpy(speech_like(0.5)).float()[None])
     wavs = {}
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
-        generator = prepare(Generator(h), torch.device("cpu"), precision)
+        generator = to_inference(Generator(h), torch.device("cpu"), precision)
         wavs[precision] = generator(mel)[:, 0]
-    assert {p.dtype for p in generator.istft.refiner.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in generator.head.refiner.parameters()} == {torch.bfloat16}
     assert generator.conv_post.weight.dtype == wavs["bf16"].dtype == torch.float32
     mels = [LogMelSpectrogram(h, h.fmax)(wav) for wav in wavs.values()]
     assert 0 < float((mels[0] - mels[1]).abs().mean()) < 0.1
@@ -327,7 +327,7 @@ def test_padding_with_less_than_silence_is_silence(tmp_path):
     """Acoustic models may pad log-mels with log(1e-10), say, which the refiner would shout at."""
     h = toy_config(tmp_path, FRAMES)
     torch.manual_seed(0)
-    generator = prepare(Generator(h), torch.device("cpu"), "fp32")
+    generator = to_inference(Generator(h), torch.device("cpu"), "fp32")
     mel = torch.randn(1, h.num_mels, 12).clamp(-2, 2) - 5
     padded = (F.pad(mel, (4, 4), value=value) for value in (SILENT_LOG_MEL, math.log(1e-10)))
     silent, less = map(generator, padded)
@@ -337,9 +337,9 @@ def test_padding_with_less_than_silence_is_silence(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"consistency_steps": -1}, "0 or more"),
+        ({"griffin_lim_steps": -1}, "0 or more"),
         ({"refiner_channels": 0}, "refiner_channels = 0: expected more than 0"),
-        ({"upsample_rates": [1, 2]}, "rates of 1 beside consistency_steps"),
+        ({"upsample_rates": [1, 2]}, "rates of 1 beside griffin_lim_steps"),
         ({"gen_istft_n_fft": 16, "gen_istft_hop_size": 4}, "no such key beside gen_istft_n_fft"),
     ],
 )
@@ -358,8 +358,8 @@ def test_every_weight_learns(tmp_path):
     h = toy_config(tmp_path, FRAMES)
     torch.manual_seed(0)
     generator, wav = Generator(h), torch.from_numpy(speech_like(0.3)).float()[None, :5120]
-    wav_hat, voice = generator(LogMelSpectrogram(h, h.fmax)(wav), Origin())
-    (wav_hat.square().sum() + VoiceLoss(h)(voice, wav)).backward()
+    wav_hat, voice = generator(LogMelSpectrogram(h, h.fmax)(wav), PhaseState())
+    (wav_hat.square().sum() + SourceLoss(h)(voice, wav)).backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in generator.parameters())
 
 
@@ -403,24 +403,29 @@ def test_an_energy_distance_sees_a_comb_that_bands_hide(tmp_path):
     assert loss.energy_distance(echo, wav) > 1.15 * loss.energy_distance(draws, wav)
 
 
-@pytest.mark.parametrize("adversarial_from", [0, 9, None])
-def test_a_training_step_is_of_two_draws(tmp_path, adversarial_from):
-    h = toy_config(tmp_path, FRAMES, batch_size=2, adversarial_from=adversarial_from)
+@pytest.mark.parametrize("discriminator_train_start_steps", [0, 9, None])
+def test_a_training_step_is_of_two_draws(tmp_path, discriminator_train_start_steps):
+    h = toy_config(
+        tmp_path,
+        FRAMES,
+        batch_size=2,
+        discriminator_train_start_steps=discriminator_train_start_steps,
+    )
     state = build_state(h, torch.device("cpu"))
     wav = torch.from_numpy(speech_like(2 * h.segment_size / h.sampling_rate)).float()
     wav = wav[: 2 * h.segment_size].view(2, 1, -1)
     mel = LogMelSpectrogram(h, h.fmax)(wav[:, 0])
-    draws, _ = state.generator(mel.repeat(2, 1, 1), Origin())
+    draws, _ = state.generator(mel.repeat(2, 1, 1), PhaseState())
     expected = state.mel_loss.energy_distance(draws.view(2, 2, -1), wav[:, 0])
     discriminators = copy.deepcopy(state.discriminators)
     losses = training_step(state, mel, wav)
     torch.testing.assert_close(losses["gen_loss_energy"], expected.detach())
     expected_names = {"gen_loss_total", "gen_loss_energy", "gen_loss_voice"}
-    if adversarial_from == 0:
+    if discriminator_train_start_steps == 0:
         expected_names |= {"gen_loss_adversarial", "gen_loss_feature", "disc_loss_total"}
     assert losses.keys() == expected_names
     total = h.lambda_mel * losses["gen_loss_energy"] + LAMBDA_VOICE * losses["gen_loss_voice"]
-    if adversarial_from == 0:
+    if discriminator_train_start_steps == 0:
         total = total + losses["gen_loss_adversarial"] + 2 * losses["gen_loss_feature"]
         scores, _ = discriminators(torch.cat([wav, draws[:2]]).detach())
         real_scores, fake_scores = zip(*(score.chunk(2) for score in scores), strict=True)

@@ -1,6 +1,6 @@
 """Trains variants of a generator for some hundred updates, and prints how well each learns.
 
-    python tools/learn.py --variants misr mrf --updates 2000
+    python tools/ablate.py --variants misr mrf --updates 2000
 
 The generator alone, on HiFi-GAN's mel loss, or with --adversarial against discriminators of an
 eighth of the width; in bfloat16, on one core, with train.py's own update. The learning rate rises
@@ -27,7 +27,7 @@ from checkpoint import State, build_state
 from distributed import computes_in_bfloat16
 from env import Config, UserError, load_config
 from loop import vocode_whole
-from meldataset import EndlessBatches, MelDataset
+from meldataset import MelDataset, ResumableBatchSampler
 from models import VIEW_NOISE
 from tools.toy import ROOT
 from train import training_step
@@ -75,7 +75,7 @@ def make_config(variant: Variant, seed: int, batch_size: int, adversarial: bool)
     """The config of one run."""
     values = json.loads((ROOT / variant.config).read_text()) | COMMON | variant.changes
     values |= {"seed": seed, "batch_size": batch_size}
-    values["adversarial_from"] = 0 if adversarial else None
+    values["discriminator_train_start_steps"] = 0 if adversarial else None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(values))
@@ -115,7 +115,7 @@ def learn(state: State, clips: MelDataset, updates: int) -> float:
     """Trains; returns the CPU seconds of an update."""
     groups = state.optim_g.param_groups + state.optim_d.param_groups
     rates = [group["lr"] for group in groups]
-    batches, begin = iter(EndlessBatches(len(clips), state.h)), time.process_time()
+    batches, begin = iter(ResumableBatchSampler(len(clips), state.h)), time.process_time()
     for update in range(updates):
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * min(1, (update + 1) / WARM_UP) * (1 - update / updates)
@@ -140,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = command_parser(
         "Trains variants of a generator for some hundred updates; prints how well each learns.",
-        example="python tools/learn.py --input_wavs_dir LJSpeech-1.1/wavs --variants misr mrf",
+        example="python tools/ablate.py --input_wavs_dir LJSpeech-1.1/wavs --variants misr mrf",
     )
     parser.add_argument(
         "--input_wavs_dir", metavar="DIR", default="LJSpeech-1.1/wavs", help="as of train.py"
@@ -148,13 +148,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--input_training_file",
         metavar="FILE",
-        default=LISTS / "learn_training.txt",
+        default=LISTS / "ablate_training.txt",
         help="likewise",
     )
     parser.add_argument(
         "--input_validation_file",
         metavar="FILE",
-        default=LISTS / "learn_validation.txt",
+        default=LISTS / "ablate_validation.txt",
         help="likewise",
     )
     parser.add_argument(

@@ -1,6 +1,6 @@
 """The voice in speech: its pitch and what of it is noise, measured, for a generator to learn.
 
-    wav [B, N] -> VoiceMeter -> (log_f0 [B, T], periodicity [B, T], noise [B, T, bins])
+    wav [B, N] -> PitchEstimator -> (log_f0 [B, T], periodicity [B, T], noise [B, T, bins])
 
 Frame t is centred on samples t * hop_size to (t + 1) * hop_size, as in LogMelSpectrogram.
 """
@@ -17,10 +17,8 @@ from env import Config
 F0_RANGE = (60.0, 500.0)  # Hz, of speech
 F0_PERIODS = 4  # of the lowest pitch, over which periods are compared
 OCTAVE_COST = 0.03  # of each octave below the highest pitch, for two periods fit as well as one
-VOICED = 0.5  # the periodicity from which the pitch of a frame counts, the more the higher
 BAND = 600.0  # Hz, half of the width over which noise is averaged
 TINY = 1e-7  # power
-EDGE = 4  # frames at either end of a segment, whose windows reach beyond it
 
 
 class Voice(NamedTuple):
@@ -31,7 +29,7 @@ class Voice(NamedTuple):
     cycles: torch.Tensor  # [B, T], float64, of the pulses up to the start of each frame
 
 
-class VoiceMeter(nn.Module):
+class PitchEstimator(nn.Module):
     """wav [B, N] -> log_f0 [B, T], periodicity [B, T] and noise [B, T, bins], T = N // hop_size.
 
     The pitch is the lag at which a frame is most like itself, by normalised cross-correlation; the
@@ -115,24 +113,3 @@ def _smooth(x: torch.Tensor, width: int) -> torch.Tensor:
         sums = F.pad(around.cumsum(-1), (1, 0))
         around = (sums[..., width:] - sums[..., :-width]) / width
     return around[..., 1 : x.shape[-1] + 1].float()
-
-
-class VoiceLoss(nn.Module):
-    """How far a Voice is from that of the recording [B, N]: a scalar.
-
-    The mean distance of log_f0, in frames that are voiced the more the clearer they are, and that
-    of noise. The ends of segments do not count, where there are other frames.
-    """
-
-    def __init__(self, h: Config):
-        super().__init__()
-        self.meter = VoiceMeter(h)
-
-    def forward(self, voice: Voice, wav: torch.Tensor) -> torch.Tensor:
-        log_f0, periodicity, noise = self.meter(wav)
-        frames = log_f0.shape[1]
-        inner = slice(EDGE, frames - EDGE) if frames > 2 * EDGE else slice(None)
-        weight = (periodicity - VOICED).clamp(min=0)[:, inner]
-        distance = (voice.log_f0.float() - log_f0).abs()[:, inner]
-        pitch = (weight * distance).sum() / weight.sum().clamp(min=1)
-        return pitch + F.l1_loss(voice.noise[:, inner], noise[:, inner])

@@ -2,7 +2,7 @@
 
     python evaluate.py --reference_dir wavs --generated_dir A B --page listen
 
-writes listen/index.html, after the template listen.html, and listen/index_files/ with the sounds
+writes listen/index.html, after the template page.html, and listen/index_files/ with the sounds
 and spectrograms.
 """
 
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from audio import load_wav
 from env import Config, UserError, one_line
+from evaluation.plots import marked_bands, save_bare_spectrogram
+from evaluation.report import RECORDINGS, arrow, between, count_files, difference_cell, number
 from meldataset import LogMelSpectrogram
-from pictures import marked_bands, save_bare_spectrogram
-from report import RECORDINGS, arrow, between, count_files, difference_cell, number
-from utils import WriteError, replacing
+from utils import WriteError, atomic_write
 
-TEMPLATE = Path(__file__).with_name("listen.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 FILES = "index_files"  # beside index.html; written anew each time
 MARK = '<meta name="generator" content="MISRNet evaluate.py --page">'  # of TEMPLATE
 PLAYED = {"FLAC": ".flac", "MP3": ".mp3", "OGG": ".ogg", "WAV": ".wav", "WAVEX": ".wav"}
@@ -75,7 +75,7 @@ def write_page(folder: Path, report: dict, h: Config) -> None:
     page = TEMPLATE.read_text(encoding="utf-8")
     for name, part in parts.items():
         page = page.replace(f"<!-- {name} -->", part)  # _text leaves no such comment in a part
-    with replacing(folder / "index.html") as temporary:
+    with atomic_write(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
@@ -107,7 +107,7 @@ def _clip(
             cells.append(f'<div class="cell empty" data-system="{_text(system)}">{words}</div>')
             continue
         stem = folder / FILES / f"{index:04}-{column}"
-        with replacing(stem.with_suffix(".png")) as temporary:
+        with atomic_write(stem.with_suffix(".png")) as temporary:
             save_bare_spectrogram(mels[system], temporary)
         own = values.get(system, {})
         cells.append(
@@ -182,7 +182,7 @@ def _copy_sound(path: str, stem: Path) -> str:
     if ending == ".wav" and info.subtype not in PLAYED_SUBTYPES:
         ending = None
     copy = stem.with_suffix(ending or ".flac")
-    with replacing(copy) as temporary:
+    with atomic_write(copy) as temporary:
         if ending:
             shutil.copyfile(path, temporary)
         else:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from audio import AUDIO_EXTENSIONS, load_wav
 from env import Config, UserError
-from metrics import SIDES, Pair
-from report import RECORDINGS
+from evaluation.metrics import SIDES, Pair
+from evaluation.report import RECORDINGS
 from utils import find_files
 
 ENDINGS = ("_generated", "_generated_e2e")  # what the inference scripts add to a name

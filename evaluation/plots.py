@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from env import Config, band_edges
-from metrics import SIDES, Pair
+from evaluation.metrics import SIDES, Pair
 
 PICTURED_LOG_MELS = (-11.5, 2.0)  # one scale, so that pictures compare: silence to loud speech
 PICTURED_DIFFERENCE = 3.0  # of log-mels, either way

@@ -1,6 +1,6 @@
 """Objective metrics of a pair of waveforms, [N] at h.sampling_rate.
 
-    from metrics import evaluate_pair
+    from evaluation.metrics import evaluate_pair
     values = evaluate_pair(wav, wav_hat, h)    # {"mel_l1": 0.31, ..., "pesq_wb": None, ...}
 
 METRICS, below, says what each number is. Their libraries are those of requirements-dev.txt and
