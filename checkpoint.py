@@ -28,7 +28,7 @@ from losses import MelLoss, SourceLoss
 from meldataset import LogMelSpectrogram
 from models import Discriminators, Generator
 from muon import RATE, Muon
-from utils import WriteError, put, say, temporary_beside
+from utils import WriteError, atomic_write, say
 from weights import (
     generator_weights,
     is_y_chans,
@@ -250,12 +250,10 @@ def _write_pair(state: State, folder: Path) -> None:
         **{name: each.state_dict() for name, each in state.more.items()},
     }
     do_path, g_path = (checkpoint_path(folder, prefix, state.steps) for prefix in ("do", "g"))
-    with temporary_beside(do_path) as do_file, temporary_beside(g_path) as g_file:
+    with atomic_write(g_path) as g_file, atomic_write(do_path) as do_file:  # renames do_* first
         write_checkpoint(do_file, contents, do_path)
         write_checkpoint(g_file, {"generator": to_hifigan_names(state.generator)}, g_path)
         g_path.unlink(missing_ok=True)  # of a run that has gone back since: it is not this do_'s
-        put(do_file, do_path)
-        put(g_file, g_path)
 
 
 def _prune(folder: Path, newest: int, keep: int) -> None:
