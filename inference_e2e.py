@@ -7,7 +7,8 @@ In a pipe, it synthesizes while frames arrive:
     tts | python inference_e2e.py --input_mels_dir - --checkpoint_file cp_misrnet/g_00500000 | aplay
 
 Standard input holds frames one after the other, each num_mels float32 values (little-endian).
-Standard output is a wav, PCM 16, whose header leaves its length open. Messages go to standard error.
+Standard output is a wav, PCM 16, whose header leaves its length open. Messages go to standard
+error.
 """
 
 import argparse
@@ -32,8 +33,9 @@ from utils import command_line, command_parser, plan_outputs, say
 MAX_PIPE_FRAMES = 1024  # at once, if --chunk_frames is 0
 OPEN_LENGTH = 2**32 - 1  # in the header of a wav whose length is not known, as ffmpeg writes it
 NPY_MAGIC = b"\x93NUMPY"
-# In a mel, neighbouring frames differ about as much as neighbouring bands do. With bands first, they
-# differ several times as much.
+CHECKED_FRAMES = 32  # of a pipe: fewer frames of good mels can look wrong
+# In a mel, neighbouring frames differ about as much as neighbouring bands do. With bands first,
+# they differ several times as much.
 MAX_FRAME_TO_BAND_RATIO = 2.5
 
 
@@ -107,38 +109,38 @@ def read_frames(source: BinaryIO, num_mels: int, max_frames: int) -> Iterator[np
         )
 
 
+def checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Passes frames [num_mels, n] on; prints a warning if the first CHECKED_FRAMES look wrong."""
+    first, is_checked = [], False
+    for mel in frames:
+        if not is_checked:
+            first.append(mel)
+            if sum(piece.shape[1] for piece in first) >= CHECKED_FRAMES:
+                is_checked = True
+                if reason := pipe_warning(torch.from_numpy(np.concatenate(first, axis=1))):
+                    say(f"standard input: {reason}")
+        yield mel
+
+
 def vocode_pipe(streamer: Streamer, source: BinaryIO, sink: BinaryIO, max_frames: int) -> None:
     """Writes the samples of `source`'s frames to `sink` as soon as they are final.
 
     Each piece takes all frames that arrived during the last one, so that a slow processor computes
-    more at a time. The first frames are checked before the first sound.
+    more at a time.
 
     Raises:
         UserError: as `read_frames`; the samples of the frames before the error are written.
         BrokenPipeError: nobody reads `sink`.
     """
-    unchecked, error = [], None
-    frames = read_frames(source, streamer.num_mels, max_frames)
-
-    def write(wav: torch.Tensor) -> None:
-        if len(wav) and unchecked:
-            if reason := pipe_warning(torch.from_numpy(np.concatenate(unchecked, axis=1))):
-                say(f"standard input: {reason}")
-            unchecked.clear()
-        sink.write(pcm16(wav))
-        sink.flush()
-
-    is_checked = False
+    error = None
     try:
-        for mel in frames:
-            if not is_checked:
-                unchecked.append(mel)
-            wav = streamer.feed(mel)
-            is_checked = is_checked or len(wav) > 0
-            write(wav)
+        for mel in checked(read_frames(source, streamer.num_mels, max_frames)):
+            sink.write(pcm16(streamer.feed(mel)))
+            sink.flush()
     except UserError as unusable:
         error = unusable
-    write(streamer.flush())
+    sink.write(pcm16(streamer.flush()))
+    sink.flush()
     if error is not None:
         raise error
 
