@@ -78,12 +78,15 @@ class Config:
     gen_istft_n_fft: int | None = None  # iSTFT head: bins and
     gen_istft_hop_size: int | None = None  # rate of its inverse STFT, in samples
     griffin_lim_steps: int | None = None  # a generator at the mel's own rate: steps of its iSTFT
+    lookahead_frames: int | None = None  # frame rate: frames that it looks ahead; None: symmetric
     refiner_channels: int = 32  # of its refiner, whose units are as `resblock` says
 
     # Discriminators and losses
     discriminator_channel_mult: float = 1.0
     lambda_mel: float = 45.0
     lambda_feature: float = 2.0
+    lambda_f0: float = 100.0
+    lambda_aperiodicity: float = 100.0
     discriminator_train_start_steps: int | None = (
         0  # the update at which discriminators come in; None: none do
     )

@@ -1,4 +1,32 @@
-"""Heads that make a waveform of a generator's last channels, read as spectra."""
+"""The frame-rate head: a harmonic-plus-noise source, shaped by the mel, and Griffin-Lim.
+
+For each frame t and each bin k of an STFT,
+
+    S[t, k] = (1 - ap[t, k]^2)^0.5 * P[t, k] + ap[t, k] * W[t, k]
+
+where P is the STFT of a pulse train at the predicted F0, W is the STFT of white noise, and ap is
+the predicted aperiodicity, from 0 to 1. P and W have unit power. The head keeps the phase of S and
+corrects its magnitude:
+
+    x [B, in_channels, T], predicted from the mel at the mel's frame rate
+     |-- F0 -----------> pulse train -> STFT -> P --+
+     |-- aperiodicity -> noise ------> STFT -> W --+-> S -> match the mel's levels --+
+     |-- magnitude correction ------------------------------------------------------(+)
+     '-- conditioning ------------------------------------------------> refiner ----(+)
+                                                                                     |
+          wav <- Griffin-Lim with momentum <- inverse STFT <- phase of S, exp(log magnitude)
+
+In voiced frames the noise is modulated: it comes in bursts, one burst for each pulse.
+
+Training regresses no phase. F0 and aperiodicity are trained on measurements of the recordings
+(pitch.py); the magnitudes are trained with an energy distance between two samples and the recording
+(losses.py). No gradient of the energy distance reaches F0 and aperiodicity, because spectral losses
+favour noise. Griffin-Lim runs without gradients.
+
+Sources: McAulay and Quatieri, 1986, and Griffin and Lim, 1988 (multiband excitation), for the
+source; Stylianou, 2001, for modulated noise; Griffin and Lim, 1984, and Perraudin et al., 2013, for
+phase reconstruction with momentum.
+"""
 
 import itertools
 import math
@@ -10,443 +38,444 @@ import torch.nn.functional as F
 from torch import nn
 
 from env import Config
-from meldataset import MIN_MAGNITUDE, LogMelSpectrogram
-from pitch import F0_RANGE, Voice
+from meldataset import MIN_MAGNITUDE, SILENT_LOG_MEL, LogMelSpectrogram
+from pitch import F0_RANGE
 
-PITCHES = 64  # between which a pitch lies, weighed by a softmax
-NOISE_FRAMES = 2048  # of noise, which then comes again
+F0_CANDIDATES = 64  # the predicted log F0 is their mean, weighted by a softmax
+NOISE_FRAMES = 2048  # the noise repeats after so many frames
 NOISE_SEED = 0
-LOWEST = 1000.0  # Hz, below which the noise says how voiced a frame is
-# The bell by which noise comes with the pulses of a voice: how narrow, and its root mean square.
-BELL = 2.0
-BELL_SIZE = math.exp(-BELL) * math.sqrt(float(torch.i0(torch.tensor(2 * BELL))))
-MOMENTUM = 0.99  # of the consistency steps
-TRAINED_STEPS = 8  # of them, at most, while one trains
-SOFTNESS = 0.08  # the share of the power asked for in the power that a direction is divided by
-PATCH_BINS = 4  # bins, which the refiner sees as one
-COND_CHANNELS = 3  # of the blocks to the refiner, for each place
+VOICING_BAND = 1000.0  # Hz; the mean aperiodicity below it tells voiced from unvoiced frames
+# The envelope exp(SHARPNESS * (cos(2 pi phase) - 1)) of noise bursts, and its root mean square.
+BURST_SHARPNESS = 2.0
+BURST_RMS = math.exp(-BURST_SHARPNESS) * math.sqrt(float(torch.i0(torch.tensor(4.0))))
+
+GRIFFIN_LIM_MOMENTUM = 0.99
+MAX_TRAINING_STEPS = 8  # of Griffin-Lim
+PHASE_SOFTNESS = 0.08  # power, as a share of the target power, below which a phase counts less
+
+PATCH_BINS = 4  # neighbouring bins form one patch: one position of the refiner's convolutions
+COND_CHANNELS = 3  # conditioning of the refiner, for each patch
 REFINER_DILATIONS = (1, 2, 4)  # along frequency
-LOG_MAG_SCALE = 3.0  # a log magnitude that counts as 1
-LRELU_SLOPE = 0.1  # as in all of HiFi-GAN but its last layer
-MIN_WINDOW = 1e-3  # sum of squared windows, near the ends
-MIN_SIZE = 1e-5  # of the numbers of a spectrum, for their directions
+LOG_MAG_SCALE = 3.0  # divides the log magnitudes that the refiner sees
+LRELU_SLOPE = 0.1
 
-
-class ISTFTHead(nn.Module):
-    """Log magnitudes and phases [B, n_fft + 2, F] -> waveform [B, 1, (F - 1) * hop_size].
-
-    The upper half of the channels becomes angles by a sine, as in the public ports; pi times the
-    sine, which could reach every angle, learnt no faster (one pair of runs of 600 updates). Equals
-    torch.istft (centred, periodic Hann window) in a form that ONNX has: a fixed transposed
-    convolution, divided by the sum of the squared windows that are really there. (On GPUs in TF32,
-    where other convolutions are, too.)
-
-    Source: Kaneko et al., "iSTFTNet", ICASSP 2022.
-    """
-
-    def __init__(self, n_fft: int, hop_size: int):
-        super().__init__()
-        self.n_fft, self.hop_size, self.in_channels = n_fft, hop_size, n_fft + 2
-        # No waveform in [-1, 1] has a magnitude above the window's sum, n_fft / 2. Eight times as
-        # much never bends speech, and keeps early training from overflowing.
-        self.max_log_magnitude = math.log(4 * n_fft)
-        window = torch.hann_window(n_fft, dtype=torch.float64)
-        bins = torch.eye(n_fft // 2 + 1, dtype=torch.complex128)
-        basis = torch.fft.irfft(torch.cat([bins, 1j * bins]), n=n_fft) * window
-        _keep(self, "basis", basis.unsqueeze(1).float())
-        _keep(self, "squared_window", window.square()[None, None].float())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        log_magnitude, phase = x.chunk(2, dim=1)
-        magnitude, angle = log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase.sin()
-        spectrum = torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
-        return self._overlap_add(spectrum, self.basis) / self._overlap_add(
-            torch.ones_like(x[:1, :1]), self.squared_window
-        )
-
-    def _overlap_add(self, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        return F.conv_transpose1d(x, frames, stride=self.hop_size, padding=self.n_fft // 2)
+MIN_WINDOW_SUM = 1e-3  # of squared windows, at the ends of a waveform
+EPSILON = 1e-5  # magnitude
 
 
 class PhaseState(NamedTuple):
-    """Where a piece of a mel lies in the whole, so that its pulses and its noise go on."""
+    """The position of a piece of a mel in the whole mel, so that pulses and noise continue."""
 
-    frame: int = 0  # which frame of the whole is the piece's first
-    anchor: int = 0  # the frame of the piece at whose start
-    cycles: float = 0.0  # the pulses have come so far
+    frame: int | torch.Tensor = 0  # number in the whole mel of the piece's first frame
+    anchor: int = 0  # a frame of the piece at whose first sample
+    phase: float | torch.Tensor = 0.0  # the unwrapped phase of the pulse train, in cycles, is known
 
 
-class Sources(NamedTuple):
-    """What a HarmonicNoiseHead makes speech of: STFTs [B, T, bins, 2] of unit power, and their voice."""
+class Excitation(NamedTuple):
+    """STFTs [B, T, bins] (complex) of unit power, and the aperiodicity [B, T, bins] to mix them."""
 
     pulses: torch.Tensor
     noise: torch.Tensor
-    voice: Voice
+    aperiodicity: torch.Tensor
 
 
 class HarmonicNoiseHead(nn.Module):
-    """Pulses and noise, given the mel's spectrum: [B, channels, T], mel -> [B, 1, T * hop_size].
+    """Turns predictions at the frame rate into a waveform; see the head of this file.
 
-    The channels are, for each frame, a pitch, how much of each bin is noise, a correction of its
-    magnitude, and hints for the refiner. A mel says little of phases, and those that are learnt by
-    regression sound like a hum; but pulses at the right pitch, and noise, have phases like speech.
-    In a voice, noise comes in bursts, one with each pulse. Their STFT is brought to the levels of
-    the mel, band by band, corrected, and refined. What comes out is no STFT of any waveform, so the
-    inverse is followed by `griffin_lim_steps`: STFT, keep the phase, put the magnitude back,
-    inverse STFT, with momentum. One trains with the phases to which these lead, but not through the
-    steps.
-
-    Pitch and noise are learnt from what voice.py measures, and no other gradient reaches them: of
-    two spectra with unlike phases, the noisier one is the nearer.
-
-    Source: McAulay and Quatieri 1986, Griffin and Lim 1988 (multiband excitation) for pulses and
-    noise; Stylianou 2001 for noise in bursts; Perraudin et al. 2013 for steps with momentum.
+    forward(x [B, in_channels, T], mel [B, num_mels, T], state) -> wav [B, 1, T * hop_size]. In
+    training, each call draws a random state; otherwise the default state starts a new mel.
     """
 
     def __init__(self, h: Config):
         super().__init__()
-        self.stft, self.pulses, self.steps = STFT(h), Pulses(h), h.griffin_lim_steps
-        bins = h.n_fft // 2 + 1
+        self.stft, self.pulse_train = STFT(h), PulseTrain(h)
         self.refiner = Refiner(h)
-        self.channels = (bins, bins, PITCHES, COND_CHANNELS * self.refiner.places)
-        self.in_channels = sum(self.channels)
-        self.max_log_magnitude = math.log(h.n_fft)  # which no window of [-1, 1] exceeds
-        low, high = map(math.log, F0_RANGE)
-        _keep(self, "pitches", torch.linspace(low, high, PITCHES, dtype=torch.float64))
+        self.griffin_lim_steps = h.griffin_lim_steps
+        self.hop_size = h.hop_size
+        bins = h.n_fft // 2 + 1
+        # Of x: magnitude correction, aperiodicity, F0, conditioning.
+        self.splits = (bins, bins, F0_CANDIDATES, COND_CHANNELS * self.refiner.patches)
+        self.in_channels = sum(self.splits)
+        self.max_log_magnitude = math.log(h.n_fft)  # no window of a wav in [-1, 1] exceeds it
+        self.voicing_bins = math.ceil(VOICING_BAND / h.sampling_rate * h.n_fft)
+        log_f0 = torch.linspace(*map(math.log, F0_RANGE), F0_CANDIDATES, dtype=torch.float64)
         filterbank = LogMelSpectrogram(h, h.fmax).filterbank
-        _keep(self, "filterbank", filterbank.T)
-        _keep(self, "spread", _spread(filterbank))
         random = torch.Generator().manual_seed(NOISE_SEED)
-        _keep(self, "noise", torch.randn(NOISE_FRAMES * h.hop_size, generator=random))
-        self.lowest_bins = math.ceil(LOWEST / h.sampling_rate * h.n_fft)
-
-    @property
-    def reach(self) -> int:
-        """How many frames before, and after, its own frame a sample hears."""
-        n_fft, hop_size, edge = self.stft.n_fft, self.stft.hop_size, self.stft.edges[0]
-        # The pulses that lie with a sample of frame 0 in a window, and the centres between which
-        # their pitch lies.
-        first = -((n_fft - 1 - edge) // hop_size) * hop_size - edge
-        last = (hop_size - 1 + edge) // hop_size * hop_size - edge + n_fft - 1
-        before, after = -((first - hop_size // 2) // hop_size), (last + hop_size // 2) // hop_size
-        return max(before, after) + self.refiner.reach + self.steps * self.stft.overlap
+        noise = torch.randn(NOISE_FRAMES * h.hop_size, generator=random)
+        self.register_buffer("log_f0_candidates", log_f0, persistent=False)
+        self.register_buffer("filterbank", filterbank.T, persistent=False)
+        self.register_buffer("mel_to_bins", mel_to_bins(filterbank), persistent=False)
+        self.register_buffer("noise", noise, persistent=False)
 
     def forward(
-        self, x: torch.Tensor, mel: torch.Tensor, origin: PhaseState
-    ) -> tuple[torch.Tensor, Voice]:
-        sources = self.sources(x, random_phase_state(mel) if self.training else origin)
-        spectrum, log_magnitude = self.spectrum(x, mel, sources)
-        with _in_full_precision(x):
+        self, x: torch.Tensor, mel: torch.Tensor, state: PhaseState | None = None
+    ) -> torch.Tensor:
+        if self.training:
+            state = random_phase_state(mel)
+        excitation = self.excitation(x, state or PhaseState())
+        spectrum, log_magnitude = self.spectrum(x, mel, excitation)
+        with _full_precision(x):
             magnitude = log_magnitude.clamp(max=self.max_log_magnitude).exp()
-            return self._consistent(spectrum, magnitude), sources.voice
+            return self.griffin_lim(spectrum, magnitude)
 
-    def voice(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of which voice x [B, in_channels, T] speaks: log_f0 [B, T], share of noise [B, T, bins].
+    def f0_aperiodicity(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns log F0 [B, T] in log Hz, float64, and the aperiodicity [B, T, bins].
 
-        The pitch is in float64, for what rounding does to it adds up in the phase.
+        F0 is in float64 because the phase sums it up, rounding errors included.
         """
-        _, noise, pitch, _ = self._split(x)
-        with _in_full_precision(x):
-            return pitch.double().softmax(2) @ self.pitches, noise.sigmoid()
+        _, aperiodicity, log_f0, _ = self._split(x)
+        with _full_precision(x):
+            log_f0 = log_f0.double().softmax(2) @ self.log_f0_candidates
+            return log_f0, aperiodicity.sigmoid()
 
-    def sources(self, x: torch.Tensor, origin: PhaseState) -> Sources:
-        """Pulses and noise of the voice of which x [B, in_channels, T] speaks."""
-        log_f0, share = self.voice(x)
-        with _in_full_precision(x):
-            pulses, turns, cycles = self.pulses(log_f0.detach(), origin, x.dtype)
-            samples = torch.arange(pulses.shape[1], device=x.device) - self.stft.edges[0]
-            samples = samples + origin.frame * self.stft.hop_size
-            amplitude = self._bursts(turns, self.voiced(share.detach()))
-            bursts = self.noise[samples % len(self.noise)] * amplitude
-            return Sources(self.stft(pulses), self.stft(bursts), Voice(log_f0, share, cycles))
+    def excitation(self, x: torch.Tensor, state: PhaseState) -> Excitation:
+        """Returns the STFTs of pulses at the predicted F0 and of noise, modulated where voiced."""
+        log_f0, aperiodicity = self.f0_aperiodicity(x)
+        with _full_precision(x):
+            f0, phase = self.pulse_train.phase(log_f0.detach(), state)
+            f0, wrapped_phase = f0.to(x.dtype), (phase - phase.round()).to(x.dtype)
+            noise = self.noise_from(state.frame, f0.shape[1]) * self.burst_envelope(
+                wrapped_phase, self.along_time(self.voicing(aperiodicity.detach()))
+            )
+            pulses = self.pulse_train(f0, wrapped_phase)
+            return Excitation(self.stft(pulses), self.stft(noise), aperiodicity)
 
     def spectrum(
-        self, x: torch.Tensor, mel: torch.Tensor, sources: Sources
+        self, x: torch.Tensor, mel: torch.Tensor, excitation: Excitation
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A spectrum [B, T, bins, 2], whose phases count, and log magnitudes for it, [B, T, bins].
+        """Returns S [B, T, bins] (complex), for its phase, and the log magnitude [B, T, bins]."""
+        correction, _, _, conditioning = self._split(x)
+        with _full_precision(x):
+            mel = mel.clamp(min=SILENT_LOG_MEL).to(x.dtype).transpose(1, 2)
+            aperiodicity = excitation.aperiodicity.detach()
+            spectrum = (1 - aperiodicity.square()).sqrt() * excitation.pulses
+            spectrum = spectrum + aperiodicity * excitation.noise
+            magnitude = _magnitude(spectrum)
+            gain = self.match_levels(magnitude, mel)
+            log_magnitude = magnitude.log() + gain + correction
+            pictures = (
+                log_magnitude.detach() / LOG_MAG_SCALE,
+                _magnitude(excitation.pulses).log() / LOG_MAG_SCALE,
+                _magnitude(excitation.noise).log() / LOG_MAG_SCALE,
+                gain / LOG_MAG_SCALE,
+                mel / LOG_MAG_SCALE @ self.mel_to_bins,
+                aperiodicity,
+            )
+        return spectrum, log_magnitude + self.refiner(pictures, conditioning).to(x.dtype)
 
-        Pulses and noise by the voice's share of noise, at the levels of the mel [B, num_mels, T],
-        corrected and refined as x [B, in_channels, T] asks for.
+    def match_levels(self, magnitude: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
+        """Returns the log gain [B, T, bins] from magnitudes [B, T, bins] to the levels of the mel.
+
+        In each mel band, the gain is the difference between mel [B, T, num_mels] and the log-mel of
+        the magnitudes.
         """
-        correction, _, _, hints = self._split(x)
-        with _in_full_precision(x):
-            pulses, noise, share = sources.pulses, sources.noise, sources.voice.noise.detach()
-            spectrum = _times(pulses, (1 - share.square()).sqrt()) + _times(noise, share)
-            size, mel = _size(spectrum), mel.to(x.dtype).transpose(1, 2)
-            level = (size @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
-            lift = (mel - level) @ self.spread
-            log_magnitude = size.log() + lift + correction
-            logs = log_magnitude.detach(), _size(pulses).log(), _size(noise).log(), lift
-            views = [
-                *(log / LOG_MAG_SCALE for log in logs),
-                mel / LOG_MAG_SCALE @ self.spread,
-                share,
-            ]
-        refinement = self.refiner(views, hints)
-        return spectrum, log_magnitude + refinement.to(x.dtype)
+        log_mel = (magnitude @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
+        return (mel - log_mel) @ self.mel_to_bins
 
-    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Correction, noise, pitch and hints, each [B, T, channels], of x [B, channels, T]."""
-        return x.transpose(1, 2).split(self.channels, dim=2)
+    def griffin_lim(self, spectrum: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+        """Returns the waveform [B, 1, N] of magnitudes [B, T, bins] and the phase of a spectrum.
 
-    def voiced(self, share: torch.Tensor) -> torch.Tensor:
-        """How voiced frames are, 0 to 1, [B, T], by their share of noise [B, T, bins]."""
-        return 1 - share[:, :, : self.lowest_bins].mean(2)
-
-    def _bursts(self, turns: torch.Tensor, voiced: torch.Tensor) -> torch.Tensor:
-        """The amplitude of noise [B, N + beyond], of unit power, by how voiced frames are [B, T].
-
-        Between voiced and not its power is a little less, until the mel's levels are put on it.
+        Each step takes the phase of the STFT of the waveform, extrapolated by the momentum.
         """
-        voiced = self.pulses.along(voiced.to(turns.dtype))
-        voiced = F.pad(voiced.unsqueeze(1), self.stft.edges, mode="replicate")[:, 0]
-        bell = (BELL * ((2 * math.pi * turns).cos() - 1)).exp() / BELL_SIZE
-        return 1 + voiced * (bell - 1)
-
-    def _consistent(self, spectrum: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-        """The phases of a spectrum [B, T, bins, 2] with magnitudes [B, T, bins]: [B, 1, N]."""
-        weights = self.stft.weights(magnitude.shape[1])
-        softness = _softness(magnitude)
+        normaliser = self.stft.normaliser(magnitude.shape[1])
         with torch.no_grad():
-            direction = before = _times(spectrum, magnitude / _size(spectrum))
-            for step in range(min(self.steps, TRAINED_STEPS) if self.training else self.steps):
-                wav = self.stft.inverse(_with_magnitude(direction, magnitude, softness)) * weights
+            phase = previous = spectrum * (magnitude / _magnitude(spectrum))
+            steps = min(self.griffin_lim_steps, MAX_TRAINING_STEPS if self.training else 2**31)
+            for step in range(steps):
+                wav = self.stft.inverse(with_magnitude(phase, magnitude)) * normaliser
                 spectrum = self.stft(wav)
-                # Beyond the new spectrum by a share of the way to it.
-                direction = torch.lerp(before, spectrum, 1 + MOMENTUM) if step else spectrum
-                before = spectrum
-        wav = self.stft.inverse(_with_magnitude(direction, magnitude, softness)) * weights
-        first, last = self.stft.edges
-        return wav[:, None, first : wav.shape[1] - last]
+                phase = spectrum
+                if step > 0:
+                    phase = torch.lerp(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
+                previous = spectrum
+        wav = self.stft.inverse(with_magnitude(phase, magnitude)) * normaliser
+        before, after = self.stft.margins
+        return wav[:, None, before : wav.shape[1] - after]
 
+    def next_state(
+        self, x: torch.Tensor, state: PhaseState | None, frame: int, first: int
+    ) -> PhaseState:
+        """Returns the state for a later piece that starts at frame `first` of this one.
 
-class Refiner(nn.Module):
-    """Spectra seen as a picture, and hints for its places -> what to add to log magnitudes.
+        The phase is taken over at `frame`, which must lie in both pieces.
+        """
+        state = state or PhaseState()
+        log_f0, _ = self.f0_aperiodicity(x)
+        _, phase = self.pulse_train.phase(log_f0, state)
+        at_frame = phase[0, self.stft.margins[0] + frame * self.hop_size]
+        return PhaseState(state.frame + first, anchor=frame - first, phase=at_frame)
 
-    VIEWS of [B, T, bins], hints [B, T, COND_CHANNELS * places] -> [B, T, bins].
+    def voicing(self, aperiodicity: torch.Tensor) -> torch.Tensor:
+        """Returns how voiced each frame is, [B, T] from 0 to 1, from aperiodicity [B, T, bins]."""
+        return 1 - aperiodicity[:, :, : self.voicing_bins].mean(2)
 
-    Residual units of convolutions over time and frequency, of two as in ResBlock1 or of one as in
-    ResBlock2; a place is PATCH_BINS bins. What the blocks know of many bins, the few bands of a mel say;
-    here harmonics are seen, and what lies between them. At the top, bins too few for a place are
-    left.
-    """
+    def along_time(self, x: torch.Tensor) -> torch.Tensor:
+        """Interpolates x [B, T] to the samples of the STFT's input, [B, N + margins]."""
+        samples = self.pulse_train.interpolate(x)
+        return F.pad(samples.unsqueeze(1), self.stft.margins, mode="replicate")[:, 0]
 
-    VIEWS = 6  # the magnitude so far, of pulses, of noise; its lift; the mel; the share of noise
+    def noise_from(self, frame: int | torch.Tensor, size: int) -> torch.Tensor:
+        """Returns `size` samples, [size] or [B, size], of the noise from frame `frame` on.
 
-    def __init__(self, h: Config):
-        super().__init__()
-        C, self.bins = h.refiner_channels, h.n_fft // 2 + 1
-        self.places = self.bins // PATCH_BINS
-        self.conv_pre = _conv2d(self.VIEWS * PATCH_BINS + COND_CHANNELS, C)
-        self.convs1 = nn.ModuleList(_conv2d(C, C, dilation) for dilation in REFINER_DILATIONS)
-        seconds = REFINER_DILATIONS if h.resblock == "1" else ()
-        self.convs2 = nn.ModuleList(_conv2d(C, C) for _ in seconds)
-        self.linear_post = nn.Linear(C, PATCH_BINS)
-        nn.init.normal_(self.linear_post.weight, std=0.01)  # it starts by adding next to nothing
-        nn.init.zeros_(self.linear_post.bias)
+        The first sample lies the STFT's left margin before the frame.
+        """
+        samples = torch.arange(size, device=self.noise.device) - self.stft.margins[0]
+        return self.noise[(samples + frame * self.hop_size) % len(self.noise)]
+
+    @staticmethod
+    def burst_envelope(wrapped_phase: torch.Tensor, voicing: torch.Tensor) -> torch.Tensor:
+        """Returns the amplitude of the noise: constant where unvoiced, in bursts where voiced.
+
+        Both arguments and the result are [B, N + margins]. The envelope has unit power at a voicing
+        of 0 and 1, and slightly less between; the level matching compensates for that.
+        """
+        cosine = (2 * math.pi * wrapped_phase).cos()
+        bursts = (BURST_SHARPNESS * (cosine - 1)).exp() / BURST_RMS
+        return torch.lerp(torch.ones_like(bursts), bursts, voicing)
+
+    def sources(self, first: int, last: int) -> tuple[int, int]:
+        """Returns the first and the last frame of x that samples `first` to `last` need."""
+        before, after = self.receptive_field
+        return first // self.hop_size - before, last // self.hop_size + after
 
     @property
-    def reach(self) -> int:
-        """How many frames before, and after, a frame is refined by."""
-        return 1 + len(self.convs1) + len(self.convs2)
+    def receptive_field(self) -> tuple[int, int]:
+        """The numbers of frames, before and after its own, that a sample depends on."""
+        n_fft, hop_size, before = self.stft.n_fft, self.hop_size, self.stft.margins[0]
+        # A sample is in the windows of some frames; these contain pulses; a pulse needs the F0 of
+        # the two frames around it.
+        first = -((n_fft - 1 - before) // hop_size) * hop_size - before
+        last = (hop_size - 1 + before) // hop_size * hop_size - before + n_fft - 1
+        window = max(-((first - hop_size // 2) // hop_size), (last + hop_size // 2) // hop_size)
+        reach = window + self.griffin_lim_steps * self.stft.overlap
+        refiner_before, refiner_after = self.refiner.receptive_field
+        return reach + refiner_before, reach + refiner_after
 
-    def forward(self, views: Sequence[torch.Tensor], hints: torch.Tensor) -> torch.Tensor:
-        picture = [view[:, :, : self.places * PATCH_BINS] for view in views]
-        x = torch.cat([each.unflatten(2, (self.places, -1)) for each in (*picture, hints)], dim=3)
-        x = self.conv_pre(x.to(self.linear_post.bias.dtype).permute(0, 3, 1, 2))
-        for conv1, conv2 in itertools.zip_longest(self.convs1, self.convs2):
-            hidden = conv1(F.leaky_relu(x, LRELU_SLOPE))
-            if conv2 is not None:
-                hidden = conv2(F.leaky_relu_(hidden, LRELU_SLOPE))
-            x = hidden.add_(x)  # in place: no new memory
-        x = F.leaky_relu(x, LRELU_SLOPE).permute(0, 2, 3, 1)
-        refinement = self.linear_post(x).flatten(2)
-        return F.pad(refinement, (0, self.bins - refinement.shape[2]))
+    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Splits x [B, in_channels, T] into four parts [B, T, channels]."""
+        return x.transpose(1, 2).split(self.splits, dim=2)
 
 
-class Pulses(nn.Module):
-    """A log pitch [B, T], in float64 -> pulses and turns [B, N + beyond], cycles [B, T].
+class PulseTrain(nn.Module):
+    """Sums all harmonics of F0 below half the sampling rate, in closed form, with unit power.
 
-    A pulse is the sum of all harmonics below half of the sampling rate, in closed form, of unit
-    power. Turns say where a sample lies between two pulses, -0.5 to 0.5, cycles how many pulses
-    came before a frame. The pitch is interpolated between the centres of frames, and goes on before
-    the first and after the last.
+    forward(f0 [B, N] in Hz, wrapped_phase [B, N] in cycles from -0.5 to 0.5) -> pulses [B, N].
     """
 
     def __init__(self, h: Config):
         super().__init__()
         self.sampling_rate, self.hop_size = h.sampling_rate, h.hop_size
-        self.edges = _edges(h)
-        # How much of the frame before, of the frame and of the next each sample's pitch is.
-        place = (torch.arange(h.hop_size, dtype=torch.float64) + 0.5) / h.hop_size - 0.5
-        _keep(self, "shares", torch.stack([(-place).relu(), 1 - place.abs(), place.relu()]))
+        self.margins = stft_margins(h)
+        # Weights of the previous, the same and the next frame in the F0 of each sample of a frame.
+        offset = (torch.arange(h.hop_size, dtype=torch.float64) + 0.5) / h.hop_size - 0.5
+        weights = torch.stack([(-offset).relu(), 1 - offset.abs(), offset.relu()])
+        self.register_buffer("weights", weights, persistent=False)
 
-    def forward(
-        self, log_f0: torch.Tensor, origin: PhaseState, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        f0 = self.along(log_f0).exp()
-        per_sample = f0 / self.sampling_rate
-        cycles = per_sample.cumsum(1) - per_sample  # at the start of each sample
-        cycles = cycles - cycles[:, origin.anchor * self.hop_size, None] + origin.cycles
-        before, after = (torch.arange(1, n + 1, device=f0.device) for n in self.edges)
-        turns = [
-            cycles[:, :1] - per_sample[:, :1] * before.flip(0),
-            cycles,
-            cycles[:, -1:] + per_sample[:, -1:] * after,
-        ]
-        f0 = F.pad(f0.unsqueeze(1), self.edges, mode="replicate")[:, 0]
-        turns = torch.cat(turns, dim=1)
-        turns = (turns - turns.round()).to(dtype)
-        return self._harmonics(turns, f0.to(dtype)), turns, cycles[:, :: self.hop_size]
+    def forward(self, f0: torch.Tensor, wrapped_phase: torch.Tensor) -> torch.Tensor:
+        half_angle, harmonics = math.pi * wrapped_phase, 0.5 * self.sampling_rate / f0
+        count, is_peak = harmonics.floor(), half_angle.abs() < 1e-4
+        # The sum of cos(k a) for k = 1 ... n is (sin((2 n + 1) a / 2) / sin(a / 2) - 1) / 2.
+        sine = torch.where(is_peak, 1.0, half_angle.sin())
+        total = 0.5 * (((2 * count + 1) * half_angle).sin() / sine - 1)
+        total = torch.where(is_peak, count, total)
+        # The next harmonic fades in with F0, so that the sum is continuous.
+        total = total + (harmonics - count) * (2 * (count + 1) * half_angle).cos()
+        return total / (0.5 * harmonics).sqrt()
 
-    def along(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T] at samples, [B, N]: linear between the centres of frames."""
-        near = F.pad(x.unsqueeze(1), (1, 1), mode="replicate")[:, 0].unfold(1, 3, 1)
-        return (near @ self.shares.to(x.dtype)).flatten(1)
+    def phase(self, log_f0: torch.Tensor, state: PhaseState) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns F0 in Hz and the unwrapped phase in cycles, both [B, N + margins], float64.
 
-    def _harmonics(self, turns: torch.Tensor, f0: torch.Tensor) -> torch.Tensor:
-        """The sum of all harmonics at phases in [-0.5, 0.5] and pitches in Hz, both [B, N]."""
-        half, number = math.pi * turns, 0.5 * self.sampling_rate / f0
-        whole, is_peak = number.floor(), half.abs() < 1e-4
-        sine = torch.where(is_peak, 1.0, half.sin())
-        sum_of_cosines = torch.where(
-            is_peak, whole, 0.5 * (((2 * whole + 1) * half).sin() / sine - 1)
+        log_f0 is [B, T]. In the margins, before the first frame and after the last, F0 is held.
+        """
+        f0 = self.interpolate(log_f0).exp()
+        cycles = f0 / self.sampling_rate
+        phase = cycles.cumsum(1) - cycles  # at the start of each sample
+        phase = phase - phase[:, state.anchor * self.hop_size, None] + state.phase
+        before, after = (torch.arange(1, n + 1, device=f0.device) for n in self.margins)
+        phase = torch.cat(
+            [
+                phase[:, :1] - cycles[:, :1] * before.flip(0),
+                phase,
+                phase[:, -1:] + cycles[:, -1:] * after,
+            ],
+            dim=1,
         )
-        highest = (number - whole) * (2 * (whole + 1) * half).cos()  # which fades in or out
-        return (sum_of_cosines + highest) / (0.5 * number).sqrt()
+        return F.pad(f0.unsqueeze(1), self.margins, mode="replicate")[:, 0], phase
+
+    def interpolate(self, x: torch.Tensor) -> torch.Tensor:
+        """Interpolates x [B, T] linearly between the centres of frames: [B, T * hop_size]."""
+        neighbours = F.pad(x.unsqueeze(1), (1, 1), mode="replicate")[:, 0].unfold(1, 3, 1)
+        return (neighbours @ self.weights.to(x.dtype)).flatten(1)
+
+
+class Refiner(nn.Module):
+    """Adds to the log magnitudes what single frames cannot tell, such as valleys of harmonics.
+
+    forward(pictures: PICTURES of [B, T, bins], conditioning [B, T, COND_CHANNELS * patches])
+    -> [B, T, bins]. A residual network over time and frequency, on patches of PATCH_BINS bins. Its
+    residual units have two convolutions with `resblock` "1" and one with "2". The highest bins that
+    fill no patch are left unchanged.
+    """
+
+    PICTURES = 6  # log magnitude, log pulses, log noise, level gain, mel, aperiodicity
+
+    def __init__(self, h: Config):
+        super().__init__()
+        C, self.bins = h.refiner_channels, h.n_fft // 2 + 1
+        self.patches = self.bins // PATCH_BINS
+        ahead_first, ahead = (None, None) if h.lookahead_frames is None else (1, 0)
+        channels = self.PICTURES * PATCH_BINS + COND_CHANNELS
+        self.conv_pre = Conv3x3(channels, C, lookahead=ahead_first)
+        self.convs1 = nn.ModuleList(
+            Conv3x3(C, C, dilation=dilation, lookahead=ahead) for dilation in REFINER_DILATIONS
+        )
+        seconds = len(REFINER_DILATIONS) if h.resblock == "1" else 0
+        self.convs2 = nn.ModuleList(Conv3x3(C, C, lookahead=ahead) for _ in range(seconds))
+        self.linear_post = nn.Linear(C, PATCH_BINS)
+        nn.init.normal_(self.linear_post.weight, std=0.01)  # the initial refinement is near 0
+        nn.init.zeros_(self.linear_post.bias)
+
+    @property
+    def receptive_field(self) -> tuple[int, int]:
+        """The numbers of frames before and after a frame that its refinement depends on."""
+        pads = [conv.time_padding for conv in (self.conv_pre, *self.convs1, *self.convs2)]
+        return sum(before for before, _ in pads), sum(after for _, after in pads)
+
+    def forward(self, pictures: Sequence[torch.Tensor], conditioning: torch.Tensor) -> torch.Tensor:
+        x = self.conv_pre(self.to_patches(pictures, conditioning))
+        for conv1, conv2 in itertools.zip_longest(self.convs1, self.convs2):
+            hidden = conv1(F.leaky_relu(x, LRELU_SLOPE))
+            if conv2 is not None:
+                hidden = conv2(F.leaky_relu_(hidden, LRELU_SLOPE))
+            x = hidden.add_(x)  # in place: no new memory
+        return self.to_bins(x)
+
+    def to_patches(
+        self, pictures: Sequence[torch.Tensor], conditioning: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the input of conv_pre, [B, channels, T, patches]."""
+        parts = [picture[:, :, : self.patches * PATCH_BINS] for picture in pictures]
+        parts = [part.unflatten(2, (self.patches, -1)) for part in (*parts, conditioning)]
+        return torch.cat(parts, dim=3).to(self.linear_post.bias.dtype).permute(0, 3, 1, 2)
+
+    def to_bins(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the refinement [B, T, bins] from the last features [B, C, T, patches]."""
+        x = F.leaky_relu(x, LRELU_SLOPE).permute(0, 2, 3, 1)
+        refinement = self.linear_post(x).flatten(2)
+        return F.pad(refinement, (0, self.bins - refinement.shape[2]))
+
+
+class Conv3x3(nn.Conv2d):
+    """A convolution of [B, C, T, patches] over three frames and three patches; keeps the sizes.
+
+    `dilation` is along frequency. `lookahead` is the number of frames (0 to 2) that the output
+    depends on after its own; None stands for the symmetric 1.
+    """
+
+    def __init__(self, c_in: int, c_out: int, dilation: int = 1, lookahead: int | None = None):
+        super().__init__(c_in, c_out, 3, padding=(0, dilation), dilation=(1, dilation))
+        self.time_padding = (1, 1) if lookahead is None else (2 - lookahead, lookahead)
+        if lookahead is None:
+            self.padding = (1, dilation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.padding[0] == 0:
+            x = F.pad(x, (0, 0, *self.time_padding))
+        return super().forward(x)
 
 
 class STFT(nn.Module):
-    """wav [B, N + beyond] -> spectrum [B, T, bins, 2], N = T * hop_size.
+    """Computes spectra with the windows of LogMelSpectrogram.
 
-    Its windows are LogMelSpectrogram's: frame t is centred on samples t * hop_size to
-    (t + 1) * hop_size of the N that `edges` leave.
+    forward(wav [B, N + margins]) -> spectrum [B, T, bins] (complex), for N = T * hop_size. Frame t
+    is centred on samples t * hop_size to (t + 1) * hop_size of the N samples between the margins.
     """
 
     def __init__(self, h: Config):
         super().__init__()
-        self.n_fft, self.hop_size, self.edges = h.n_fft, h.hop_size, _edges(h)
-        self.beyond = sum(self.edges)
-        self.overlap = self.beyond // h.hop_size  # frames before that a frame overlaps with
+        self.n_fft, self.hop_size, self.margins = h.n_fft, h.hop_size, stft_margins(h)
+        self.overlap = sum(self.margins) // h.hop_size  # a frame overlaps so many before it
         window = LogMelSpectrogram(h, h.fmax).window
         window = F.pad(window, ((h.n_fft - h.win_size) // 2,) * 2)
-        _keep(self, "window", F.pad(window, (0, h.n_fft - len(window))))
-        # Both transforms as matrices, real and imaginary parts in turns.
-        samples = torch.eye(h.n_fft, dtype=torch.float64)
-        real = torch.eye(h.n_fft // 2 + 1, dtype=torch.complex128)
-        _keep(self, "fourier", torch.view_as_real(torch.fft.rfft(samples)).flatten(1).float())
-        inverse = torch.fft.irfft(torch.stack([real, 1j * real], dim=1).flatten(0, 1), n=h.n_fft)
-        _keep(self, "inverse_fourier", inverse.float())
+        window = F.pad(window, (0, h.n_fft - len(window)))
+        self.register_buffer("window", window, persistent=False)
 
     def forward(self, wav: torch.Tensor) -> torch.Tensor:
-        windowed = wav.unfold(1, self.n_fft, self.hop_size) * self.window
-        if torch.compiler.is_exporting():  # ONNX has no fast Fourier transform worth its name
-            return (windowed @ self.fourier).unflatten(2, (-1, 2))
-        return torch.view_as_real(torch.fft.rfft(windowed))
+        return torch.fft.rfft(wav.unfold(1, self.n_fft, self.hop_size) * self.window)
 
     def inverse(self, spectrum: torch.Tensor) -> torch.Tensor:
-        """[B, T, bins, 2] -> [B, N + beyond], to be multiplied by `weights`."""
-        if torch.compiler.is_exporting():
-            frames = spectrum.flatten(2) @ self.inverse_fourier
-        else:
-            frames = torch.fft.irfft(torch.view_as_complex(spectrum), n=self.n_fft)
-        return self._overlap_add(frames, self.window)
+        """Returns the overlap-added waveform [B, N + margins], to be multiplied by `normaliser`."""
+        return self.overlap_add(torch.fft.irfft(spectrum, n=self.n_fft), self.window)
 
-    def weights(self, frames: int) -> torch.Tensor:
-        """[1, N + beyond], by which the inverse is the waveform of the nearest spectrum."""
+    def normaliser(self, frames: int) -> torch.Tensor:
+        """Returns one over the sum of the squared windows, [1, N + margins].
+
+        With it, `inverse` gives the waveform whose STFT is nearest to the spectrum.
+        """
         window = self.window.expand(1, frames, -1)
-        return self._overlap_add(window, self.window).clamp(min=MIN_WINDOW).reciprocal()
+        return self.overlap_add(window, self.window).clamp(min=MIN_WINDOW_SUM).reciprocal()
 
-    def _overlap_add(self, frames: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-        """[B, T, n_fft], each times a window [n_fft] -> [B, N + beyond]: their sum, shifted."""
-        rest, last = -self.n_fft % self.hop_size, self.overlap
+    def overlap_add(self, frames: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+        """Adds frames [B, T, n_fft], each multiplied by a window [n_fft]: [B, N + margins]."""
+        rest = -self.n_fft % self.hop_size
+        # Hop k of every frame is added at once.
         hops, windows = (
             F.pad(x, (0, rest)).unflatten(-1, (-1, self.hop_size)) for x in (frames, window)
         )
-        if torch.compiler.is_exporting():  # ONNX is slow at writing in place
-            shifts = (
-                F.pad(hops[:, :, k], (0, 0, k, last - k)) * windows[k] for k in range(last + 1)
-            )
-            return sum(shifts).flatten(1)
-        count = frames.shape[1]
-        wav = frames.new_zeros(len(frames), count + last, self.hop_size)
-        for k in range(last + 1):
-            wav[:, k : k + count].addcmul_(hops[:, :, k], windows[k])
+        B, T = frames.shape[:2]
+        wav = frames.new_zeros(B, T + self.overlap, self.hop_size)
+        for k, window_hop in enumerate(windows):
+            wav[:, k : k + T].addcmul_(hops[:, :, k], window_hop)
         return wav.flatten(1)
 
 
-def _edges(h: Config) -> tuple[int, int]:
-    """How many samples the windows of T frames need before T * hop_size samples, and after."""
+def stft_margins(h: Config) -> tuple[int, int]:
+    """Returns how many samples before and after T * hop_size ones the windows of T frames cover."""
     before, hops = (h.n_fft - h.hop_size) // 2, math.ceil(h.n_fft / h.hop_size)
     return before, (hops - 1) * h.hop_size - before
 
 
-def _conv2d(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Conv2d:
-    """A convolution over time and, dilated, frequency, that keeps the sizes."""
-    return nn.Conv2d(
-        in_channels, out_channels, kernel_size=3, padding=(1, dilation), dilation=(1, dilation)
-    )
-
-
 def random_phase_state(mel: torch.Tensor) -> PhaseState:
-    """Of no meaning, but another for each of [B, num_mels, T], and the same again."""
+    """Returns a state for each mel of [B, num_mels, T] that follows from the mel: reproducible."""
     rows = torch.arange(len(mel), device=mel.device)[:, None]
-    chance = mel.double().sum((1, 2)).square()[:, None] + 1000 * math.pi * rows
-    return PhaseState(chance.long(), cycles=chance)
+    number = mel.double().sum((1, 2)).square()[:, None] + 1000 * math.pi * rows
+    return PhaseState(frame=number.long(), phase=number)
 
 
-def _in_full_precision(x: torch.Tensor) -> torch.autocast:
-    """Where nothing that follows from x is computed in bfloat16."""
+def mel_to_bins(filterbank: torch.Tensor) -> torch.Tensor:
+    """Returns the matrix [num_mels, bins] that maps a log gain of mel bands to a log gain of bins.
+
+    A bin has the mean gain of the bands it lies in, weighted by filterbank [num_mels, bins]; a bin
+    outside all bands has the gain of the nearest bin inside.
+    """
+    covered = (filterbank.sum(0) > 0).nonzero()
+    nearest = torch.arange(filterbank.shape[1]).clamp(int(covered.min()), int(covered.max()))
+    weights = filterbank[:, nearest]
+    return weights / weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def with_magnitude(x: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Returns complex numbers with the phase of x and a magnitude, both [...].
+
+    Where |x| is small beside the magnitude, its phase is noise and rounding would turn it; the
+    result is then smaller, too (PHASE_SOFTNESS).
+    """
+    floor = PHASE_SOFTNESS * magnitude.square() + EPSILON**2
+    power = torch.add(floor, _power(x), alpha=1 - PHASE_SOFTNESS)
+    return x * (magnitude * power.rsqrt())
+
+
+def _magnitude(x: torch.Tensor) -> torch.Tensor:
+    """Returns |x| [...], at least EPSILON."""
+    return _power(x).clamp(min=EPSILON**2).sqrt()
+
+
+def _power(x: torch.Tensor) -> torch.Tensor:
+    """Returns |x|^2 [...] of complex x [...]."""
+    squares = torch.view_as_real(x).square().flatten(-2)
+    return squares[..., ::2] + squares[..., 1::2]  # several times faster than a sum over pairs
+
+
+def _full_precision(x: torch.Tensor) -> torch.autocast:
+    """Returns a context in which nothing is computed in bfloat16."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _keep(module: nn.Module, name: str, constant: torch.Tensor) -> None:
-    """Registers what moves with the module and is not saved."""
-    module.register_buffer(name, constant, persistent=False)
-
-
-def _with_magnitude(
-    x: torch.Tensor, magnitude: torch.Tensor, softness: torch.Tensor
-) -> torch.Tensor:
-    """Complex numbers [..., 2] of the directions of x [..., 2] and of a magnitude [...]."""
-    squares = torch.add(softness, _squares(x), alpha=1 - SOFTNESS)
-    return _times(x, magnitude * squares.rsqrt())
-
-
-def _softness(magnitude: torch.Tensor) -> torch.Tensor:
-    """What keeps numbers that are small beside a magnitude [...] from being given all of it.
-
-    The direction of what nearly cancels is chance, and rounding would turn it.
-    """
-    return SOFTNESS * magnitude.square() + MIN_SIZE**2
-
-
-def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Complex numbers [..., 2] by real ones [...]."""
-    if torch.compiler.is_exporting():
-        return x * scale.unsqueeze(-1)
-    return torch.view_as_real(torch.view_as_complex(x) * scale)  # several times as fast
-
-
-def _size(x: torch.Tensor) -> torch.Tensor:
-    """The size [...] of complex numbers [..., 2], MIN_SIZE at least."""
-    return _squares(x).clamp(min=MIN_SIZE**2).sqrt()
-
-
-def _squares(x: torch.Tensor) -> torch.Tensor:
-    """The squared size [...] of complex numbers [..., 2]."""
-    squares = x.square().flatten(-2)  # a sum over the last axis would be several times as slow
-    return squares[..., ::2] + squares[..., 1::2]
-
-
-def _spread(filterbank: torch.Tensor) -> torch.Tensor:
-    """What a change of log-mels [num_mels] is to log magnitudes: [num_mels, bins] of a [same].
-
-    Each bin is changed as the bands are that it lies in; beyond all bands, as the nearest one.
-    """
-    bins = filterbank.shape[1]
-    heard = filterbank.sum(0) > 0
-    first, last = int(heard.nonzero().min()), int(heard.nonzero().max())
-    nearest = torch.arange(bins).clamp(first, last)
-    share = filterbank[:, nearest]
-    return share / share.sum(0).clamp(min=torch.finfo(share.dtype).tiny)

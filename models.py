@@ -1,7 +1,11 @@
-"""The generator, the discriminators and the losses.
+"""The generator and HiFi-GAN's discriminators.
 
     mel [B, num_mels, T] -> Generator -> wav [B, 1, N], N = T * hop_size
     wav [B, 1, N] -> MultiPeriodDiscriminator, MultiScaleDiscriminator -> (scores, features)
+
+A generator is a chain of four parts:
+
+    mel -> conv_pre -> stages (upsampling, fusion block) -> conv_post -> head -> wav
 
 MISRNet (Kaneko et al., Interspeech 2022) is HiFi-GAN (Kong et al., NeurIPS 2020) with each
 multi-receptive-field fusion (MRF) replaced by a multi-input single shared residual block (MISR).
@@ -20,35 +24,74 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from env import Config
 from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, reshape, scale_conv
-from harmonic import LRELU_SLOPE, HarmonicNoiseHead, ISTFTHead, PhaseState
+from harmonic import LRELU_SLOPE, HarmonicNoiseHead, PhaseState
 from meldataset import SILENT_LOG_MEL
-from pitch import Voice
 
-POST_LRELU_SLOPE = 0.01  # before the generator's conv_post; HiFi-GAN's quirk, its weights need it
+POST_LRELU_SLOPE = 0.01  # before conv_post; a quirk of HiFi-GAN, which its weights need
 
-# MISR's start, found by measurement: the standard deviation of the shared block's weights, and that
-# of the noise that makes N views of the identity differ, times the root of the channels.
+# Initialisation of MISR, found by measurement: the standard deviation of the shared block's
+# weights; and, times the square root of the channels, that of the noise on the input convolutions.
 RESIDUAL_STD = 0.01
-VIEW_NOISE = 0.5
+INPUT_NOISE = 0.5
 
 
-def _conv1d(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> Conv1d:
-    """A weight-normalised convolution that keeps the length (kernel_size is odd)."""
-    padding = dilation * (kernel_size - 1) // 2
-    conv = Conv1d(in_channels, out_channels, kernel_size, dilation=dilation, padding=padding)
+class LookaheadConv1d(Conv1d):
+    """A convolution of [B, C, T] that keeps the length and depends on `lookahead` later frames."""
+
+    def __init__(self, c_in: int, c_out: int, kernel_size: int, dilation: int, lookahead: int):
+        super().__init__(c_in, c_out, kernel_size, dilation=dilation)
+        self.time_padding = (dilation * (kernel_size - 1) - lookahead, lookahead)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Padded as [B, T, C], so that a channels-last x stays so.
+        x = F.pad(x.transpose(1, 2), (0, 0, *self.time_padding)).transpose(1, 2)
+        return super().forward(x)
+
+
+def conv1d(
+    c_in: int, c_out: int, kernel_size: int, dilation: int = 1, lookahead: int | None = None
+) -> nn.Module:
+    """Returns a weight-normalised convolution that keeps the length; kernel_size is odd.
+
+    It is symmetric, or with a `lookahead` depends on so many later frames only.
+    """
+    if lookahead is not None and kernel_size > 1:
+        conv = LookaheadConv1d(c_in, c_out, kernel_size, dilation, lookahead)
+    else:
+        padding = dilation * (kernel_size - 1) // 2
+        conv = Conv1d(c_in, c_out, kernel_size, dilation=dilation, padding=padding)
     return weight_norm(conv)
+
+
+def time_padding(conv: nn.Module) -> tuple[int, int]:
+    """Returns how many samples, before and after its own, a convolution's output depends on."""
+    return conv.time_padding if isinstance(conv, LookaheadConv1d) else conv.padding * 2
 
 
 class ResBlock1(nn.Module):
     """Residual units of a dilated and a plain convolution, [B, C, T] -> [B, C, T].
 
+    With a `lookahead`, each convolution depends on so many later frames; None stands for symmetric
+    convolutions.
+
     Source: HiFi-GAN, appendix A.1.
     """
 
-    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        dilations: Sequence[int],
+        lookahead: int | None = None,
+    ):
         super().__init__()
-        self.convs1 = nn.ModuleList(_conv1d(channels, channels, kernel_size, d) for d in dilations)
-        self.convs2 = nn.ModuleList(_conv1d(channels, channels, kernel_size) for _ in dilations)
+        self.convs1 = nn.ModuleList(
+            conv1d(channels, channels, kernel_size, dilation=d, lookahead=lookahead)
+            for d in dilations
+        )
+        self.convs2 = nn.ModuleList(
+            conv1d(channels, channels, kernel_size, lookahead=lookahead) for _ in dilations
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
@@ -60,9 +103,18 @@ class ResBlock1(nn.Module):
 class ResBlock2(nn.Module):
     """Residual units of one dilated convolution, [B, C, T] -> [B, C, T]; HiFi-GAN's V3."""
 
-    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        dilations: Sequence[int],
+        lookahead: int | None = None,
+    ):
         super().__init__()
-        self.convs = nn.ModuleList(_conv1d(channels, channels, kernel_size, d) for d in dilations)
+        self.convs = nn.ModuleList(
+            conv1d(channels, channels, kernel_size, dilation=d, lookahead=lookahead)
+            for d in dilations
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for conv in self.convs:
@@ -74,10 +126,10 @@ RESBLOCKS = {"1": ResBlock1, "2": ResBlock2}
 
 
 def mrf(blocks: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
-    """Multi-receptive-field fusion: the mean of what residual blocks make of x [B, C, T].
+    """Returns the mean of the outputs of residual blocks for x [B, C, T]: [B, C, T].
 
-    The blocks keep PyTorch's default initialisation. That is what HiFi-GAN trains with: its
-    N(0, 0.01) is written into weights that weight norm computes anew at the first forward.
+    The blocks keep PyTorch's default initialisation. HiFi-GAN trains with it, too: its N(0, 0.01)
+    is written into weights that weight norm computes anew at the first forward.
 
     Source: HiFi-GAN, section 2.2.
     """
@@ -85,7 +137,7 @@ def mrf(blocks: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
 
 
 def fuse(blocks: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
-    """What a stage's one MISR, or an MRF's blocks, make of x [B, C, T]."""
+    """Applies the fusion block of a stage, one MISR or the blocks of an MRF, to x [B, C, T]."""
     return blocks[0](x) if len(blocks) == 1 else mrf(blocks, x)
 
 
@@ -93,8 +145,8 @@ class MISR(nn.Module):
     """Multi-input single shared residual block, [B, C, T] -> [B, C, T].
 
     N different 1x1 convolutions of the same input, ONE residual block shared by all N results, and
-    a merge: their mean, as in MRF, or a learned 1x1 convolution. The N results go through the block
-    as one batch of B * N, so that the block runs once.
+    a merge: their mean, as in MRF, or a learned 1x1 convolution. The N results pass through the
+    block as one batch of B * N, so that the block runs once.
 
     Source: Kaneko et al., "MISRNet: Lightweight Neural Vocoder Using Multi-Input Single Shared
     Residual Blocks", Interspeech 2022.
@@ -105,38 +157,38 @@ class MISR(nn.Module):
         channels: int,
         num_inputs: int,
         kernel_size: int,
-        dilations: tuple[int, ...],
+        dilations: Sequence[int],
         merge: str,
         resblock: type[nn.Module] = ResBlock1,
+        lookahead: int | None = None,
     ):
         super().__init__()
         self.num_inputs = num_inputs
         # Dense C -> N * C holds the same [N * C, C, 1] weight as N groups over N copies of the
         # input, and needs no copies.
-        self.input_conv = _conv1d(channels, num_inputs * channels, kernel_size=1)
-        self.resblock = resblock(channels, kernel_size, dilations)
+        self.input_conv = conv1d(channels, num_inputs * channels, kernel_size=1)
+        self.resblock = resblock(channels, kernel_size, dilations, lookahead=lookahead)
         self.output_conv = None
         if merge == "conv":
-            self.output_conv = _conv1d(num_inputs * channels, channels, kernel_size=1)
+            self.output_conv = conv1d(num_inputs * channels, channels, kernel_size=1)
         self.initialise()
 
     @torch.no_grad()
-    def initialise(self, view_noise: float = VIEW_NOISE) -> None:
-        """Starts near the identity, with N different views of it.
+    def initialise(self, input_noise: float = INPUT_NOISE) -> None:
+        """Initialises the block near the identity, with N different inputs of the shared block.
 
-        With PyTorch's default input convolutions, the block starts from N random mixtures of its
-        channels and learns markedly slower than MRF; so it starts, like MRF, from x itself plus
-        small residuals. Weights are assigned, not written into: weight norm recomputes them.
+        With PyTorch's default, the block starts from N random mixtures of its channels and learns
+        much more slowly than MRF. Weights are assigned because weight norm recomputes them.
         """
         channels = self.input_conv.in_channels
         for conv in self.resblock.modules():
             if isinstance(conv, nn.Conv1d):
                 conv.weight = RESIDUAL_STD * torch.randn_like(conv.weight)
-        views = torch.eye(channels).repeat(self.num_inputs, 1).unsqueeze(-1)
+        identities = torch.eye(channels).repeat(self.num_inputs, 1).unsqueeze(-1)
         noise = torch.randn_like(self.input_conv.weight)
-        self.input_conv.weight = views + view_noise / math.sqrt(channels) * noise
+        self.input_conv.weight = identities + input_noise / math.sqrt(channels) * noise
         self.input_conv.bias.zero_()
-        if self.output_conv is not None:  # starts as the mean
+        if self.output_conv is not None:  # initially the mean
             mean = torch.eye(channels).repeat(1, self.num_inputs).unsqueeze(-1) / self.num_inputs
             self.output_conv.weight = mean
             self.output_conv.bias.zero_()
@@ -150,139 +202,13 @@ class MISR(nn.Module):
         return self.output_conv(reshape(y, B, N * C, T))
 
 
-class Generator(nn.Module):
-    """Log-mel [B, num_mels, T] -> waveform [B, 1, T * hop_size], in [-1, 1] but for iSTFT heads.
-
-    A stage is a transposed convolution and a MISR, or the residual blocks of an MRF. The blocks of
-    all stages lie in one list, `resblocks`, as in HiFi-GAN's files.
-
-    With `griffin_lim_steps`, the stages work at the mel's own rate, and a HarmonicNoiseHead makes the
-    waveform.
-
-    Source: HiFi-GAN, section 2.2, with MISR in place of MRF; iSTFTNet, whose last stages are an
-    inverse STFT.
-    """
-
-    def __init__(self, h: Config):
-        super().__init__()
-        self.hop_size = h.hop_size
-        channels = h.upsample_initial_channel
-        self.conv_pre = _conv1d(h.num_mels, channels, kernel_size=7)
-        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
-        for rate, kernel in zip(h.upsample_rates, h.upsample_kernel_sizes, strict=True):
-            if h.is_frame_rate:  # nothing is upsampled
-                self.ups.append(nn.Identity())
-            else:
-                padding = (kernel - rate) // 2
-                up = ConvTranspose1d(channels, channels // 2, kernel, rate, padding=padding)
-                self.ups.append(weight_norm(up))
-                channels //= 2
-            self.resblocks.extend(_stage_blocks(h, channels))
-        self.head = None
-        if h.is_frame_rate:
-            self.head = HarmonicNoiseHead(h)
-            self.conv_post = _conv1d(channels, self.head.in_channels, kernel_size=1)
-        elif h.uses_istft:
-            self.head = ISTFTHead(h.gen_istft_n_fft, h.gen_istft_hop_size)
-            self.conv_post = _conv1d(channels, self.head.in_channels, kernel_size=7)
-        else:
-            self.conv_post = _conv1d(channels, 1, kernel_size=7)
-
-    def forward(
-        self, mel: torch.Tensor, origin: PhaseState | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, Voice | None]:
-        """The waveform; given an `origin`, the waveform and the voice that a HarmonicNoiseHead heard.
-
-        An origin says where in a longer mel this one lies, so that the voice goes on.
-        """
-        if isinstance(self.head, HarmonicNoiseHead):  # some pad with less than silence
-            mel = mel.clamp(min=SILENT_LOG_MEL)
-        x, voice = self.features(mel), None
-        if isinstance(self.head, HarmonicNoiseHead):
-            wav, voice = self.head(x, mel, origin or PhaseState())
-        else:
-            with torch.autocast(x.device.type, enabled=False):  # as in `last`
-                wav = torch.tanh(x) if self.head is None else self.head(x)
-        return wav if origin is None else (wav, voice)
-
-    def features(self, mel: torch.Tensor) -> torch.Tensor:
-        """What tanh or an inverse STFT makes the waveform of: [B, num_mels, T] -> [B, C, T'].
-
-        All layers, conv_post the last. T' is T * hop_size, T at the mel's own rate, or the frames
-        of an ISTFTHead.
-        """
-        x = self.first(mel)
-        for up, blocks in self.stages():
-            x = fuse(blocks, up(F.leaky_relu(x, LRELU_SLOPE)))
-        return self.last(x)
-
-    def first(self, mel: torch.Tensor) -> torch.Tensor:
-        """conv_pre, in the layout of all that follows: [B, num_mels, T] -> [B, C, T]."""
-        x = mel.to(self.conv_pre.bias.dtype)
-        # CPU libraries convolve up to three times as fast in this layout. Compilers choose theirs.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            x = channels_last(x)
-        return self.conv_pre(x)
-
-    def last(self, x: torch.Tensor) -> torch.Tensor:
-        """conv_post, in fp32: [B, C, T'] -> what tanh or an inverse STFT makes the waveform of."""
-        x = F.leaky_relu(x, POST_LRELU_SLOPE)
-        # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.conv_post.bias.dtype)
-            if isinstance(self.head, ISTFTHead):  # n frames make n - 1 hops
-                x = F.pad(x, (1, 0), mode="reflect")
-            return self.conv_post(x)
-
-    def stages(self) -> list[tuple[nn.Module, list[nn.Module]]]:
-        """The transposed convolution of each stage, and its blocks: one MISR, or an MRF's."""
-        blocks, count = list(self.resblocks), len(self.resblocks) // len(self.ups)
-        return [(up, blocks[i * count : (i + 1) * count]) for i, up in enumerate(self.ups)]
-
-    @property
-    def receptive_field(self) -> tuple[int, int]:
-        """How many frames before, and after, its own frame a sample depends on at most."""
-        first, last = 0, self.hop_size - 1  # of the samples of frame 0, traced back to the mel
-        if isinstance(self.head, HarmonicNoiseHead):
-            first, last = -self.head.reach, self.head.reach
-        elif self.head is not None:
-            n_fft, rate = self.head.n_fft, self.head.hop_size
-            first, last = _sources(first, last, kernel_size=n_fft, rate=rate, padding=n_fft // 2)
-            first, last = first - 1, last - 1  # the reflected frame
-        first, last = first - self.conv_post.padding[0], last + self.conv_post.padding[0]
-        for up, blocks in reversed(self.stages()):
-            reach = max(map(radius, blocks))
-            first, last = first - reach, last + reach
-            if isinstance(up, nn.ConvTranspose1d):
-                (kernel_size,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
-                first, last = _sources(first, last, kernel_size, rate=rate, padding=padding)
-        return self.conv_pre.padding[0] - first, last + self.conv_pre.padding[0]
-
-    def remove_weight_norm(self) -> None:
-        """Replaces each normalised weight by its value: the same function, faster."""
-        for module in self.modules():
-            if is_parametrized(module, "weight"):
-                remove_parametrizations(module, "weight")
-                # weight_norm leaves a hook behind, which no pickle takes.
-                module._load_state_dict_pre_hooks.clear()
-
-
-def radius(block: nn.Module) -> int:
-    """How many samples to each side a sample of a block's output depends on."""
-    return sum(m.padding[0] for m in block.modules() if isinstance(m, nn.Conv1d))
-
-
-def _sources(first: int, last: int, kernel_size: int, rate: int, padding: int) -> tuple[int, int]:
-    """The first and last input of a transposed convolution that outputs `first` to `last` need."""
-    return -((kernel_size - 1 - padding - first) // rate), (last + padding) // rate
-
-
-def _stage_blocks(h: Config, channels: int) -> list[nn.Module]:
-    """A stage's MISR, or the residual blocks of its MRF."""
+def fusion_blocks(h: Config, channels: int) -> list[nn.Module]:
+    """Returns the fusion block of a stage: one MISR, or the residual blocks of an MRF."""
     resblock = RESBLOCKS[h.resblock]
+    lookahead = None if h.lookahead_frames is None else 0
     if not h.uses_misr:
         pairs = zip(h.resblock_kernel_sizes, h.resblock_dilation_sizes, strict=True)
-        return [resblock(channels, kernel, dilations) for kernel, dilations in pairs]
+        return [resblock(channels, size, dilations, lookahead) for size, dilations in pairs]
     misr = MISR(
         channels,
         h.resblock_num,
@@ -290,8 +216,200 @@ def _stage_blocks(h: Config, channels: int) -> list[nn.Module]:
         dilations=h.resblock_dilation_sizes,
         merge=h.misr_merge,
         resblock=resblock,
+        lookahead=lookahead,
     )
     return [misr]
+
+
+class TanhHead(nn.Module):
+    """HiFi-GAN's head: x [B, 1, N] -> wav [B, 1, N] in [-1, 1]. It ignores mel and state."""
+
+    in_channels = 1
+
+    def forward(
+        self, x: torch.Tensor, mel: torch.Tensor, state: PhaseState | None = None
+    ) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.tanh(x)
+
+    def sources(self, first: int, last: int) -> tuple[int, int]:
+        """Returns the first and the last position of x that samples `first` to `last` need."""
+        return first, last
+
+    def next_state(self, *_args) -> None:
+        """There is no state."""
+
+
+class ISTFTHead(nn.Module):
+    """iSTFTNet's head: x [B, n_fft + 2, F] -> wav [B, 1, (F - 1) * hop_size].
+
+    The lower half of the channels holds log magnitudes, the upper half phases.
+
+    Equals torch.istft (centred, periodic Hann window) in a form that ONNX has: a fixed transposed
+    convolution, divided by the sum of the squared windows. It ignores mel and state.
+
+    As in the public ports, the phase is the sine of the upper half of the channels. Pi times the
+    sine, which covers all phases, learnt no faster (one pair of runs of 600 updates).
+
+    Source: Kaneko et al., "iSTFTNet", ICASSP 2022.
+    """
+
+    def __init__(self, n_fft: int, hop_size: int):
+        super().__init__()
+        self.n_fft, self.hop_size, self.in_channels = n_fft, hop_size, n_fft + 2
+        # A waveform in [-1, 1] has no magnitude above n_fft / 2, the sum of the window. Eight times
+        # as much never limits speech and prevents overflow in early training.
+        self.max_log_magnitude = math.log(4 * n_fft)
+        window = torch.hann_window(n_fft, dtype=torch.float64)
+        bins = torch.eye(n_fft // 2 + 1, dtype=torch.complex128)
+        basis = torch.fft.irfft(torch.cat([bins, 1j * bins]), n=n_fft) * window
+        squared_window = window.square()[None, None].float()
+        self.register_buffer("basis", basis.unsqueeze(1).float(), persistent=False)
+        self.register_buffer("squared_window", squared_window, persistent=False)
+
+    def forward(
+        self, x: torch.Tensor, mel: torch.Tensor, state: PhaseState | None = None
+    ) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            log_magnitude, phase = x.chunk(2, dim=1)
+            magnitude, angle = log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase.sin()
+            spectrum = torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
+            ones = torch.ones_like(x[:1, :1])
+            window_sum = self._overlap_add(ones, self.squared_window)
+            return self._overlap_add(spectrum, self.basis) / window_sum
+
+    def _overlap_add(self, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose1d(x, frames, stride=self.hop_size, padding=self.n_fft // 2)
+
+    def sources(self, first: int, last: int) -> tuple[int, int]:
+        """Returns the first and the last position of x that samples `first` to `last` need."""
+        first, last = upsampling_sources(
+            first, last, kernel_size=self.n_fft, rate=self.hop_size, padding=self.n_fft // 2
+        )
+        return first - 1, last - 1  # the reflected frame comes first
+
+    def next_state(self, *_args) -> None:
+        """There is no state."""
+
+
+class Generator(nn.Module):
+    """Log-mel [B, num_mels, T] -> waveform [B, 1, T * hop_size].
+
+    The waveform is in [-1, 1] with a tanh head; other heads may exceed it slightly. A stage is a
+    transposed convolution and a fusion block. At the frame rate (`griffin_lim_steps` in the config)
+    nothing is upsampled and the head is a HarmonicNoiseHead. The blocks of all stages are in one
+    list, `resblocks`, as in HiFi-GAN's files.
+
+    Source: HiFi-GAN, section 2.2, with MISR in place of MRF; iSTFTNet for the iSTFT head.
+    """
+
+    def __init__(self, h: Config):
+        super().__init__()
+        self.hop_size = h.hop_size
+        self.min_log_mel = SILENT_LOG_MEL if h.is_frame_rate else None  # some pad with less
+        channels = h.upsample_initial_channel
+        # Of the frames of look-ahead, the refiner takes one and conv_pre the rest.
+        lookahead = None if h.lookahead_frames is None else h.lookahead_frames - 1
+        self.conv_pre = conv1d(h.num_mels, channels, kernel_size=7, lookahead=lookahead)
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for rate, kernel in zip(h.upsample_rates, h.upsample_kernel_sizes, strict=True):
+            if h.is_frame_rate:
+                self.ups.append(nn.Identity())
+            else:
+                padding = (kernel - rate) // 2
+                up = ConvTranspose1d(channels, channels // 2, kernel, rate, padding=padding)
+                self.ups.append(weight_norm(up))
+                channels //= 2
+            self.resblocks.extend(fusion_blocks(h, channels))
+        self.pad_post, kernel = nn.Identity(), 7
+        if h.is_frame_rate:
+            self.head, kernel = HarmonicNoiseHead(h), 1
+        elif h.uses_istft:
+            self.head = ISTFTHead(h.gen_istft_n_fft, h.gen_istft_hop_size)
+            self.pad_post = nn.ReflectionPad1d((1, 0))  # n frames make n - 1 hops
+        else:
+            self.head = TanhHead()
+        self.conv_post = conv1d(channels, self.head.in_channels, kernel_size=kernel)
+
+    def forward(self, mel: torch.Tensor, state: PhaseState | None = None) -> torch.Tensor:
+        """Returns the waveform [B, 1, T * hop_size] of a log-mel [B, num_mels, T].
+
+        `state` is the position of this mel in a longer one, for frame-rate generators.
+        """
+        return self.head(self.features(mel), mel, state)
+
+    def features(self, mel: torch.Tensor) -> torch.Tensor:
+        """Returns the input of the head, [B, head.in_channels, T'], in fp32.
+
+        T' is T * hop_size, T at the frame rate, or the number of frames of an ISTFTHead.
+        """
+        x = self.first(mel)
+        for up, blocks in self.stages():
+            x = fuse(blocks, up(F.leaky_relu(x, LRELU_SLOPE)))
+        return self.last(x)
+
+    def first(self, mel: torch.Tensor) -> torch.Tensor:
+        """Applies conv_pre: [B, num_mels, T] -> [B, C, T], channels-last on CPUs."""
+        x = mel if self.min_log_mel is None else mel.clamp(min=self.min_log_mel)
+        x = x.to(self.conv_pre.bias.dtype)
+        # CPU libraries convolve up to three times as fast in this layout. Compilers choose theirs.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            x = channels_last(x)
+        return self.conv_pre(x)
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies conv_post, in fp32: [B, C, T'] -> [B, head.in_channels, T']."""
+        x = F.leaky_relu(x, POST_LRELU_SLOPE)
+        # A waveform in bfloat16 has a signal-to-noise ratio of 56 dB only.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.conv_post(self.pad_post(x.to(self.conv_post.bias.dtype)))
+
+    def stages(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """Returns each stage's transposed convolution and its blocks: one MISR, or an MRF's."""
+        blocks, count = list(self.resblocks), len(self.resblocks) // len(self.ups)
+        return [(up, blocks[i * count : (i + 1) * count]) for i, up in enumerate(self.ups)]
+
+    @property
+    def receptive_field(self) -> tuple[int, int]:
+        """The numbers of frames, before and after its own, that a sample depends on at most."""
+        # The samples of frame 0, traced back to the mel.
+        first, last = self.head.sources(0, self.hop_size - 1)
+        before, after = time_padding(self.conv_post)
+        first, last = first - before, last + after
+        for up, blocks in reversed(self.stages()):
+            before, after = (max(pads) for pads in zip(*map(block_padding, blocks), strict=True))
+            first, last = first - before, last + after
+            if isinstance(up, nn.ConvTranspose1d):
+                (kernel_size,), (rate,), (padding,) = up.kernel_size, up.stride, up.padding
+                first, last = upsampling_sources(
+                    first, last, kernel_size=kernel_size, rate=rate, padding=padding
+                )
+        before, after = time_padding(self.conv_pre)
+        return before - first, last + after
+
+    def remove_weight_norm(self) -> None:
+        """Replaces each normalised weight by its value: the same function, faster."""
+        for module in self.modules():
+            if is_parametrized(module, "weight"):
+                remove_parametrizations(module, "weight")
+                # weight_norm leaves a hook behind, which cannot be pickled.
+                module._load_state_dict_pre_hooks.clear()
+
+
+def block_padding(block: nn.Module) -> tuple[int, int]:
+    """Returns how many samples, before and after its own, a residual block's output depends on."""
+    pads = [time_padding(conv) for conv in block.modules() if isinstance(conv, nn.Conv1d)]
+    return sum(before for before, _ in pads), sum(after for _, after in pads)
+
+
+def upsampling_sources(
+    first: int, last: int, *, kernel_size: int, rate: int, padding: int
+) -> tuple[int, int]:
+    """Returns the first and the last input that outputs `first` to `last` of an upsampling need.
+
+    `rate`, `kernel_size` and `padding` are those of the transposed convolution.
+    """
+    return -((kernel_size - 1 - padding - first) // rate), (last + padding) // rate
 
 
 def _width(channels: int, h: Config) -> int:
