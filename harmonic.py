@@ -28,7 +28,6 @@ source; Stylianou, 2001, for modulated noise; Griffin and Lim, 1984, and Perraud
 phase reconstruction with momentum.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -115,8 +114,7 @@ class HarmonicNoiseHead(nn.Module):
         excitation = self.excitation(x, state or PhaseState())
         spectrum, log_magnitude = self.spectrum(x, mel, excitation)
         with _full_precision(x):
-            magnitude = log_magnitude.clamp(max=self.max_log_magnitude).exp()
-            return self.griffin_lim(spectrum, magnitude)
+            return self.griffin_lim(spectrum, self.magnitude(log_magnitude))
 
     def f0_aperiodicity(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns log F0 [B, T] in log Hz, float64, and the aperiodicity [B, T, bins].
@@ -144,6 +142,13 @@ class HarmonicNoiseHead(nn.Module):
         self, x: torch.Tensor, mel: torch.Tensor, excitation: Excitation
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns S [B, T, bins] (complex), for its phase, and the log magnitude [B, T, bins]."""
+        spectrum, log_magnitude, patches = self.unrefined(x, mel, excitation)
+        return spectrum, log_magnitude + self.refiner(patches).to(x.dtype)
+
+    def unrefined(
+        self, x: torch.Tensor, mel: torch.Tensor, excitation: Excitation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns S, its log magnitude before the refiner, and the refiner's input."""
         correction, _, _, conditioning = self._split(x)
         with _full_precision(x):
             mel = mel.clamp(min=SILENT_LOG_MEL).to(x.dtype).transpose(1, 2)
@@ -161,7 +166,11 @@ class HarmonicNoiseHead(nn.Module):
                 mel / LOG_MAG_SCALE @ self.mel_to_bins,
                 aperiodicity,
             )
-        return spectrum, log_magnitude + self.refiner(pictures, conditioning).to(x.dtype)
+        return spectrum, log_magnitude, self.refiner.to_patches(pictures, conditioning)
+
+    def magnitude(self, log_magnitude: torch.Tensor) -> torch.Tensor:
+        """Returns the magnitude [B, T, bins], limited to that of a waveform in [-1, 1]."""
+        return log_magnitude.clamp(max=self.max_log_magnitude).exp()
 
     def match_levels(self, magnitude: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
         """Returns the log gain [B, T, bins] from magnitudes [B, T, bins] to the levels of the mel.
@@ -311,10 +320,10 @@ class PulseTrain(nn.Module):
 class Refiner(nn.Module):
     """Adds to the log magnitudes what single frames cannot tell, such as valleys of harmonics.
 
-    forward(pictures: PICTURES of [B, T, bins], conditioning [B, T, COND_CHANNELS * patches])
-    -> [B, T, bins]. A residual network over time and frequency, on patches of PATCH_BINS bins. Its
-    residual units have two convolutions with `resblock` "1" and one with "2". The highest bins that
-    fill no patch are left unchanged.
+    forward(patches [B, channels, T, patches], from `to_patches`) -> [B, T, bins]. A residual
+    network over time and frequency, on patches of PATCH_BINS bins. Its residual units have two
+    convolutions with `resblock` "1" and one with "2". The highest bins, which fill no patch, are
+    left unchanged.
     """
 
     PICTURES = 6  # log magnitude, log pulses, log noise, level gain, mel, aperiodicity
@@ -341,19 +350,29 @@ class Refiner(nn.Module):
         pads = [conv.time_padding for conv in (self.conv_pre, *self.convs1, *self.convs2)]
         return sum(before for before, _ in pads), sum(after for _, after in pads)
 
-    def forward(self, pictures: Sequence[torch.Tensor], conditioning: torch.Tensor) -> torch.Tensor:
-        x = self.conv_pre(self.to_patches(pictures, conditioning))
-        for conv1, conv2 in itertools.zip_longest(self.convs1, self.convs2):
-            hidden = conv1(F.leaky_relu(x, LRELU_SLOPE))
-            if conv2 is not None:
-                hidden = conv2(F.leaky_relu_(hidden, LRELU_SLOPE))
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        x = self.conv_pre(patches)
+        for convs in self.units():
+            hidden = convs[0](F.leaky_relu(x, LRELU_SLOPE))
+            for conv in convs[1:]:
+                hidden = conv(F.leaky_relu_(hidden, LRELU_SLOPE))
             x = hidden.add_(x)  # in place: no new memory
         return self.to_bins(x)
+
+    def units(self) -> list[tuple[nn.Module, ...]]:
+        """Returns the convolutions of each residual unit."""
+        if not self.convs2:
+            return [(conv,) for conv in self.convs1]
+        return list(zip(self.convs1, self.convs2, strict=True))
 
     def to_patches(
         self, pictures: Sequence[torch.Tensor], conditioning: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the input of conv_pre, [B, channels, T, patches]."""
+        """Returns the input of conv_pre, [B, channels, T, patches].
+
+        `pictures` are PICTURES tensors [B, T, bins]; conditioning is
+        [B, T, COND_CHANNELS * patches].
+        """
         parts = [picture[:, :, : self.patches * PATCH_BINS] for picture in pictures]
         parts = [part.unflatten(2, (self.patches, -1)) for part in (*parts, conditioning)]
         return torch.cat(parts, dim=3).to(self.linear_post.bias.dtype).permute(0, 3, 1, 2)
