@@ -1,4 +1,4 @@
-"""The device, the processes and the stop signals of a run. One process and many take the same path."""
+"""The device, the processes and the stop signals of a run; one process is no special case."""
 
 import contextlib
 import ctypes

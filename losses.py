@@ -169,3 +169,18 @@ class SourceLoss(nn.Module):
         distance = (log_f0.float() - target_f0).abs()[:, inner]
         f0_loss = (weight * distance).sum() / weight.sum().clamp(min=1)
         return f0_loss, F.l1_loss(aperiodicity[:, inner], target_aperiodicity[:, inner])
+
+
+class GeneratorWithSource(nn.Module):
+    """A frame-rate generator that also returns what SourceLoss trains.
+
+    mel [B, num_mels, T] -> (wav_hat [B, 1, N], log_f0 [B, T], aperiodicity [B, T, bins])
+    """
+
+    def __init__(self, generator: nn.Module):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = self.generator.features(mel)
+        return self.generator.head(x, mel), *self.generator.head.f0_aperiodicity(x)
