@@ -244,8 +244,8 @@ class TanhHead(nn.Module):
         """Returns the first and the last position of x that samples `first` to `last` need."""
         return first, last
 
-    def next_state(self, *_args) -> None:
-        """There is no state."""
+    def next_state(self, x: torch.Tensor, state: PhaseState | None, frame: int, first: int) -> None:
+        """Returns None: this head keeps no state."""
 
 
 class ISTFTHead(nn.Module):
@@ -298,8 +298,8 @@ class ISTFTHead(nn.Module):
         )
         return first - 1, last - 1  # the reflected frame comes first
 
-    def next_state(self, *_args) -> None:
-        """There is no state."""
+    def next_state(self, x: torch.Tensor, state: PhaseState | None, frame: int, first: int) -> None:
+        """Returns None: this head keeps no state."""
 
 
 class Generator(nn.Module):
