@@ -29,6 +29,7 @@ from harmonic import (
     Conv3x3,
     Excitation,
     HarmonicNoiseHead,
+    magnitude_floor,
     with_magnitude,
 )
 from models import MISR, POST_LRELU_SLOPE, Generator, ISTFTHead, TanhHead, time_padding
@@ -149,7 +150,7 @@ class ConvStream:
     need more time to start than to compute them.
     """
 
-    MAX_PRODUCT = 2**21  # elements of the matrix of windows
+    MAX_PRODUCT = 2**18  # elements of the matrix of windows
 
     def __init__(self, conv: nn.Module):
         self.bias, self.weight = conv.bias, conv.weight.flatten(2)
@@ -175,8 +176,9 @@ class ConvStream:
         """Returns the `count` outputs whose taps all lie in x [B, n, C]."""
         (B, _, C), (batch_stride, stride, _) = x.shape, x.stride()
         if B * count * self.taps * C > self.MAX_PRODUCT:
-            weight = self.weight
-            return F.conv1d(x.mT, weight, self.bias, dilation=self.dilation).mT
+            x, weight = x.mT.unsqueeze(2), self.weight.unsqueeze(2)  # channels-last, height 1
+            y = F.conv2d(x, weight, self.bias, dilation=(1, self.dilation))
+            return y.squeeze(2).mT
         shape = (B, count, self.taps, C)
         windows = x.as_strided(shape, (batch_stride, stride, self.dilation * stride, 1))
         return F.linear(windows.flatten(2), self.matrix, self.bias)
@@ -401,78 +403,67 @@ class ExcitationStream:
     """
 
     def __init__(self, head: HarmonicNoiseHead):
-        self.head, self.frames = head, 0
-        stft, hop_size = head.stft, head.hop_size
-        # Of a window, the samples up to the centre of its frame, and those after it.
-        self.known = stft.margins[0] + (hop_size + 1) // 2
-        self.held = stft.n_fft - self.known
+        self.head = head
+        n_fft, hop_size, before = head.stft.n_fft, head.hop_size, head.stft.margins[0]
         weights = head.pulse_train.weights
-        # Between two centres: the second half of a frame, then the first half of the next one.
         half = (hop_size + 1) // 2
-        later = torch.cat([weights[2, half:], weights[1, :half]])
-        self.later = later
-        self.past = None
+        # Of a window, the samples up to the centre of its frame are known; the others are held.
+        self.known, self.rate = before + half, head.pulse_train.sampling_rate
+        self.held = torch.arange(n_fft - self.known, device=weights.device)
+        # Weights of the later frame, from the centre of one frame to the centre of the next.
+        self.later = torch.cat([weights[2, half:], weights[1, :half]])
+        # Frame, phase and F0 of the next sample; the last frame's values; samples in later windows.
+        self.frame, self.phase, self.last, self.past = 0, None, None, None
 
     def __call__(self, x: torch.Tensor) -> Excitation:
-        head, stft, n = self.head, self.head.stft, x.shape[1]
+        head, n = self.head, x.shape[1]
         log_f0, aperiodicity = head.f0_aperiodicity(x.mT)
         if n == 0:
             nothing = torch.zeros_like(aperiodicity, dtype=torch.complex64)
             return Excitation(nothing, nothing, aperiodicity)
-        f0, phase, voicing = self.windows(log_f0[0], head.voicing(aperiodicity)[0].double())
-        wrapped_phase = (phase - phase.round()).to(x.dtype)
-        f0, voicing = f0.to(x.dtype), voicing.to(x.dtype)
-        samples = torch.arange(stft.n_fft, device=x.device) - stft.margins[0]
-        frames = torch.arange(self.frames, self.frames + n, device=x.device)
-        samples = samples + head.hop_size * frames[:, None]
-        noise = head.noise[samples % len(head.noise)] * head.burst_envelope(wrapped_phase, voicing)
+        tracks = torch.cat([log_f0, head.voicing(aperiodicity)])  # [2, n], float64
+        f0, phase, voicing = self.windows(tracks)
+        wrapped_phase, f0, voicing = (
+            each.to(x.dtype) for each in (phase - phase.round(), f0, voicing)
+        )
         pulses = head.pulse_train(f0, wrapped_phase)
-        self.frames += n
-        spectra = torch.fft.rfft(torch.stack([pulses, noise]) * stft.window)
+        noise = self.noise(n) * head.burst_envelope(wrapped_phase, voicing)
+        self.frame += n
+        spectra = torch.fft.rfft(torch.stack([pulses, noise]) * head.stft.window)
         return Excitation(spectra[:1], spectra[1:], aperiodicity)
 
-    def windows(
-        self, log_f0: torch.Tensor, voicing: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns F0, unwrapped phase and voicing [n, n_fft] in the windows of n new frames [n]."""
-        head, hop_size = self.head, self.head.hop_size
-        rate = head.pulse_train.sampling_rate
-        tracks = torch.stack([log_f0, voicing])  # [2, n]
-        if self.past is None:
-            tracks = torch.cat([tracks[:, :1], tracks], dim=1)
-        else:
-            tracks = torch.cat([self.last, tracks], dim=1)
-        self.last = tracks[:, -1:]
-        # From the centre of a frame to that of the next, [2, n * hop_size].
-        between = torch.lerp(tracks[:, :-1, None], tracks[:, 1:, None], self.later).flatten(1)
-        f0, voicing = between[0].exp(), between[1]
-        cycles = f0 / rate
-        if self.past is None:  # F0 and voicing are constant before the first centre
-            size = self.known - hop_size
-            start = cycles[0] * -(self.known - (hop_size + 1) // 2)
-            before = start + cycles[0] * torch.arange(size, device=f0.device)
-            self.past = torch.stack([f0[:1].expand(size), before, voicing[:1].expand(size)])
-            self.phase = start + cycles[0] * size
-        phase = self.phase + cycles.cumsum(0) - cycles
-        self.phase = phase[-1] + cycles[-1]
-        known = torch.cat([self.past, torch.stack([f0, phase, voicing])], dim=1)
-        self.past = known[:, known.shape[1] - (self.known - hop_size) :]
-        known = known.unfold(1, self.known, hop_size)  # [3, n, known]
-        own_f0, own_voicing = tracks[0, 1:].exp(), tracks[1, 1:]
-        # The first held sample is one sample after the last known one.
-        steps = torch.arange(1, self.held + 1, device=f0.device)
-        last_cycles = known[0, :, -1] / rate
-        first_phase = known[1, :, -1] + last_cycles
-        held_phase = first_phase[:, None] + own_f0[:, None] / rate * (steps - 1)
-        held = torch.stack(
-            [
-                own_f0[:, None].expand(-1, self.held),
-                held_phase,
-                own_voicing[:, None].expand(-1, self.held),
-            ]
-        )
-        f0, phase, voicing = torch.cat([known, held], dim=2)
-        return f0, phase, voicing
+    def noise(self, count: int) -> torch.Tensor:
+        """Returns the noise in the windows of the next `count` frames, [count, n_fft]."""
+        hop_size, n_fft = self.head.hop_size, self.head.stft.n_fft
+        size = (count - 1) * hop_size + n_fft
+        return self.head.noise_from(self.frame, size).unfold(0, n_fft, hop_size)
+
+    def windows(self, tracks: torch.Tensor) -> torch.Tensor:
+        """Returns F0, unwrapped phase and voicing, [3, n, n_fft], in the windows of n new frames.
+
+        `tracks` [2, n] are log F0 and voicing at the centres of the frames.
+        """
+        hop_size, size = self.head.hop_size, self.known - self.head.hop_size
+        last = tracks[:, :1] if self.last is None else self.last
+        points = torch.cat([last, tracks], dim=1)
+        self.last = points[:, -1:]
+        f0, voicing = torch.lerp(points[:, :-1, None], points[:, 1:, None], self.later).flatten(1)
+        f0 = f0.exp()
+        cycles = f0 / self.rate
+        if self.past is None:  # before the first centre, everything is constant
+            steps = torch.arange(size, device=f0.device) - self.head.stft.margins[0]
+            self.past = torch.stack(
+                [f0[:1].expand(size), cycles[0] * steps, voicing[:1].expand(size)]
+            )
+            self.phase = cycles[0] * (size - self.head.stft.margins[0])
+        phase = torch.cat([self.phase.view(1), self.phase + cycles.cumsum(0)])
+        self.phase = phase[-1]
+        known = torch.cat([self.past, torch.stack([f0, phase[:-1], voicing])], dim=1)
+        self.past = known[:, known.shape[1] - size :]
+        centres = torch.stack([tracks[0].exp(), phase[hop_size::hop_size], tracks[1]])
+        held = centres[:, :, None].expand(-1, -1, len(self.held)).contiguous()
+        held[1] += held[0] / self.rate * self.held
+        return torch.cat([known.unfold(1, self.known, hop_size), held], dim=2)
 
 
 class GriffinLimStream:
@@ -485,30 +476,25 @@ class GriffinLimStream:
 
     def __init__(self, head: HarmonicNoiseHead, lookahead: int):
         self.stft, self.lookahead = head.stft, lookahead
+        self.n_fft, self.hop_size = head.stft.n_fft, head.stft.hop_size
         self.steps = max(1, round(head.griffin_lim_steps / (lookahead + 1)))
-        n_fft, hop_size = self.stft.n_fft, self.stft.hop_size
-        self.settled = 0
+        # Phase, previous spectrum, magnitude and floor of frames that are not settled.
+        self.pending: list[torch.Tensor] | None = None
         # The overlap-added settled frames, from the start of the first pending window on.
-        self.tail = self.stft.window.new_zeros(n_fft - hop_size)
-        self.pending = None  # phase, previous, magnitude
-        self.normalisers = {}
+        self.tail = self.stft.window.new_zeros(self.n_fft - self.hop_size)
+        self.settled, self.normalisers = 0, {}
         self.to_skip, self.to_return = self.stft.margins[0], 0
 
     def __call__(
         self, spectrum: torch.Tensor, magnitude: torch.Tensor, is_last: bool
     ) -> torch.Tensor:
         """Takes spectra and magnitudes [n, bins]; returns the final samples [N]."""
-        self.to_return += len(spectrum) * self.stft.hop_size
-        if len(spectrum):
-            start = with_magnitude(spectrum, magnitude)
-            frames = (start, start, magnitude)
-            if self.pending is not None:
-                frames = [torch.cat(pair) for pair in zip(self.pending, frames, strict=True)]
-            self.pending = frames
-        pieces = []
-        while self.pending is not None and len(self.pending[0]) > (
-            0 if is_last else self.lookahead
-        ):
+        self.to_return += len(spectrum) * self.hop_size
+        floor = magnitude_floor(magnitude)
+        start = with_magnitude(spectrum, magnitude, floor)
+        self.append((start, start, magnitude, floor))
+        pieces, left = [], 0 if is_last else self.lookahead
+        while len(self.pending[0]) > left:
             pieces.append(self.settle())
         if is_last:
             pieces.append(self.tail * self.normaliser(0)[: len(self.tail)])
@@ -519,44 +505,51 @@ class GriffinLimStream:
         self.to_return -= len(wav)
         return wav
 
+    def append(self, frames: Sequence[torch.Tensor]) -> None:
+        """Adds pending frames: phase, previous spectrum, magnitude, floor."""
+        old = self.pending
+        self.pending = (
+            [torch.cat(pair) for pair in zip(old, frames, strict=True)] if old else [*frames]
+        )
+
     def settle(self) -> torch.Tensor:
         """Settles the first pending frame; returns the hop of samples that it completes."""
-        stft, hop_size = self.stft, self.stft.hop_size
+        window, hop_size = self.stft.window, self.hop_size
         count = min(len(self.pending[0]), self.lookahead + 1)
-        phase, previous, magnitude = (x[:count] for x in self.pending)
+        phase, previous, magnitude, floor = (x[:count] for x in self.pending)
         normaliser = self.normaliser(count)
         for _ in range(self.steps):
-            wav = self.overlap_add(phase, magnitude) * normaliser
-            spectrum = torch.fft.rfft(wav.unfold(0, stft.n_fft, hop_size) * stft.window)
+            wav = self.overlap_add(with_magnitude(phase, magnitude, floor)) * normaliser
+            spectrum = torch.fft.rfft(wav.unfold(0, self.n_fft, hop_size) * window)
             phase = torch.lerp(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
             previous = spectrum
-        wav = self.overlap_add(phase[:1], magnitude[:1])
-        self.pending = [
-            torch.cat([new[1:], old[count:]])
-            for new, old in zip((phase, previous, magnitude), self.pending, strict=True)
-        ]
+        wav = self.overlap_add(with_magnitude(phase[:1], magnitude[:1], floor[:1]))
+        later = [x[count:] for x in self.pending]
+        self.pending = [phase[1:], previous[1:], magnitude[1:], floor[1:]]
+        if len(later[0]):
+            self.append(later)
         piece = wav[:hop_size] * self.normaliser(1)[:hop_size]
         self.tail = wav[hop_size:]
         self.settled += 1
         return piece
 
-    def overlap_add(self, phase: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    def overlap_add(self, spectrum: torch.Tensor) -> torch.Tensor:
         """Adds pending frames [n, bins] to the settled ones: [(n - 1) * hop_size + n_fft]."""
-        stft = self.stft
-        frames = torch.fft.irfft(with_magnitude(phase, magnitude), n=stft.n_fft)
-        wav = stft.overlap_add(frames[None], stft.window)[0]
-        wav = wav[: (len(frames) - 1) * stft.hop_size + stft.n_fft]
+        frames = torch.fft.irfft(spectrum, n=self.n_fft) * self.stft.window
+        size = (len(frames) - 1) * self.hop_size + self.n_fft
+        wav = F.fold(frames.T, (1, size), kernel_size=(1, self.n_fft), stride=(1, self.hop_size))
+        wav = wav.flatten()
         wav[: len(self.tail)] += self.tail
         return wav
 
     def normaliser(self, pending: int) -> torch.Tensor:
         """Returns one over the sum of squared windows where `pending` frames follow the settled."""
-        stft = self.stft
+        stft, hop_size = self.stft, self.hop_size
         settled = min(self.settled, stft.overlap)
         if (settled, pending) not in self.normalisers:
             window = stft.window.expand(1, settled + pending, -1)
-            total = stft.overlap_add(window, stft.window)[0, settled * stft.hop_size :]
-            total = total[: max(0, pending - 1) * stft.hop_size + stft.n_fft]
+            total = stft.overlap_add(window, stft.window)[0, settled * hop_size :]
+            total = total[: max(0, pending - 1) * hop_size + self.n_fft]
             total = total.clamp(min=MIN_WINDOW_SUM).reciprocal()
             self.normalisers[settled, pending] = total
         return self.normalisers[settled, pending]
