@@ -286,15 +286,12 @@ def _is_noisy_speech(mel: torch.Tensor, low: float) -> bool:
 def say_mel_warnings(mels: Iterable[tuple[Path, torch.Tensor]]) -> None:
     """Prints one line if `mel_warning` applies to any of `mels`, pairs of a path and a mel.
 
-    The line names the first such file and counts the others.
+    The line names the first such file, the reason, and how many of the mels are such.
     """
-    count, first = 0, ""
-    for path, mel in mels:
-        if reason := mel_warning(mel):
-            count, first = count + 1, first or f"{path}: {reason}"
-    if first:
-        others = f" (and {count - 1} other mels like it)" if count > 1 else ""
-        say(one_line(f"{first}{others}"))
+    reasons = [(path, mel_warning(mel)) for path, mel in mels]
+    doubtful = [f"{path}: {reason}" for path, reason in reasons if reason]
+    if doubtful:
+        say(one_line(f"{doubtful[0]} ({len(doubtful)} of {len(reasons)} mels are doubtful)"))
 
 
 def write_npy(path: str | Path, array: np.ndarray) -> None:
