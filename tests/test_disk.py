@@ -216,19 +216,6 @@ def test_a_checkpoint_path_that_is_not_a_folder(run, tmp_path, place):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("script", "place"), zip(VOCODERS, ("file", "file/deeper"), strict=True), ids=str
-)
-def test_an_output_dir_that_is_not_a_folder(outcome, exported, speech, script, place):
-    (speech / "file").write_text("mine")
-    flag, kind, _ = VOCODERS[script]
-    flags = (flag, speech / kind, "--output_dir", speech / place, "--device", "cpu")
-    status, (line,) = outcome(script, *flags, "--checkpoint_file", exported / "g_00500000")
-    assert status == 1
-    assert line.startswith(f"error: {speech / place}/0_generated") and "cannot be written" in line
-    assert (speech / "file").read_text() == "mine"
-
-
 # ------------------------------------------------------------- files deleted while a run goes on
 
 
@@ -254,17 +241,6 @@ def test_a_deleted_clip(run, monkeypatch, num_workers):
     assert line.startswith(f"error: {run.corpus / 'wavs/clip'}")
     assert "cannot be read as audio" in line
     assert 2 <= paired_steps(run.folder)[-1] <= 4  # workers read ahead
-
-
-def test_a_deleted_mel(run, monkeypatch, tmp_path):
-    mels = ("--config", run.config, "--input_wavs_dir", run.corpus / "wavs")
-    assert run_main(meldataset, *mels, "--output_dir", tmp_path / "mels") == 0
-    after_step(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "mels"))
-    flags = ("--fine_tuning", "True", "--input_mels_dir", tmp_path / "mels")
-    status, (line,) = run(100, *flags)
-    assert status == 1
-    assert line.startswith(f"error: {tmp_path / 'mels/clip'}")
-    assert paired_steps(run.folder)[-1] == 2
 
 
 def test_a_deleted_validation_clip_loses_no_step(run, monkeypatch):
