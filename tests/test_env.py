@@ -170,6 +170,9 @@ def test_inference_ignores_unknown_keys_and_names_them_once(tmp_path):
     path, said = write_config(tmp_path / "a\nb.json", **unknown), []
     h = load_config(path, said.append, ignore_unknown=True)
     assert h == load_config(write_config(tmp_path / "ours.json"))
+    text = path.read_text().replace('"fmax_for_loss": null, ', "")
+    (tmp_path / "theirs.json").write_text(text)
+    assert load_config(tmp_path / "theirs.json", ignore_unknown=True) == h
     names = "resblock_initial_channel, fmax_loss"
     assert said == [f"{tmp_path}/a b.json: unknown keys ignored: {names}"]
     assert load_config(path, ignore_unknown=True) == h
