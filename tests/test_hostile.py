@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 import torch
@@ -130,25 +129,6 @@ def test_no_pickle_in_a_checkpoint_is_run(reader, corpus, tmp_path, capsys):
     assert exit_of(lambda: READERS[reader](tmp_path, corpus)) == 1
     assert str(tmp_path) in one_line_of(capsys)
     assert not (tmp_path / "marker").exists()
-
-
-@pytest.mark.parametrize("reader", ["inference_e2e.py", "train.py --fine_tuning"])
-def test_no_pickle_in_a_mel_is_run(reader, checkpoint, corpus, tmp_path, capsys):
-    marker, mels = tmp_path / "marker", tmp_path / "mels"
-    mels.mkdir()
-    for index in range(7):
-        np.save(mels / f"clip{index}.npy", np.array([[Trap(marker)]]), allow_pickle=True)
-    np.load(mels / "clip0.npy", allow_pickle=True)
-    marker.unlink()
-    if reader == "inference_e2e.py":
-        run = partial(vocode, checkpoint, mels / "clip0.npy", tmp_path, module=inference_e2e)
-    else:
-        run = partial(train_on, corpus, tmp_path, "--fine_tuning", True, "--input_mels_dir", mels)
-    assert exit_of(run) == 1
-    line = one_line_of(capsys)
-    assert f"{mels}/clip" in line
-    assert ".npy array" in line
-    assert not marker.exists()
 
 
 # -------------------------------------------------------------------------------------------- names
