@@ -186,8 +186,12 @@ def check_config(path: Path) -> None:
     if size > 10**6 or h.segment_size > 2**14 or h.hop_size > 2**12 or h.batch_size > 16:
         return
     wav = torch.zeros(h.batch_size, h.segment_size)
+    try:
+        log_mel = LogMelSpectrogram(h, h.fmax)
+    except UserError as error:  # it does not know the file
+        raise UserError(f"{path}: {error}") from None
     with torch.no_grad():
-        wav_hat = Generator(h)(LogMelSpectrogram(h, h.fmax)(wav))
+        wav_hat = Generator(h)(log_mel(wav))
         Discriminators(h)(wav_hat)
     assert wav_hat.shape == (h.batch_size, 1, h.segment_size)
 
