@@ -223,7 +223,9 @@ def training_batches(clips: MelDataset, state: State) -> Iterator[list[torch.Ten
         if h.num_workers > 0:  # they send batches through sockets in a temporary folder
             if len(os.fsencode(tempfile.gettempdir())) > MAX_TMPDIR_BYTES:
                 tempfile.tempdir = "/tmp"
-            multiprocessing.util.get_temp_dir()  # fails here rather than in a worker, unnoticed
+            # Both fail here rather than in a worker or halfway, where PyTorch prints tracebacks.
+            multiprocessing.util.get_temp_dir()
+            multiprocessing.Lock()
         batches = iter(loader)
     except OSError as error:
         reason = f"data workers cannot be started ({error.strerror or error})"

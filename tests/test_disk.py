@@ -19,7 +19,6 @@ from tensorboard.compat.tensorflow_stub.io import gfile
 import export_onnx
 import inference
 import inference_e2e
-import loop
 import meldataset
 import train
 from checkpoint import CHANGEABLE_KEYS, checkpoint_path, paired_steps
@@ -161,8 +160,8 @@ def test_logs_are_whole_up_to_the_checkpoint(run, monkeypatch):
         seen.append({tag: [event.step for event in events.Scalars(tag)] for tag in tags})
         save(*arguments, **flags)
 
-    save = loop.save
-    monkeypatch.setattr(loop, "save", looking)
+    save = train.save
+    monkeypatch.setattr(train, "save", looking)
     assert run(2) == (0, [])
     first, second = seen
     assert len(first) >= 8
@@ -337,6 +336,8 @@ CHANGES = {
     "num_workers": 1,
     "lambda_mel": 10,
     "lambda_feature": 1,
+    "lambda_f0": 50,
+    "lambda_aperiodicity": 50,
     "discriminator_train_start_steps": 2,
     "fmax_for_loss": 8000,
     "n_ffts_for_loss": [512, 1024],
