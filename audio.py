@@ -1,53 +1,79 @@
-"""Audio and mel files, in and out."""
+"""Reads and writes audio and mel files."""
 
 import io
 import os
+import re
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import librosa
 import numpy as np
 import soundfile
+import soxr
 import torch
 
 from env import UserError, one_line
 from utils import atomic_write, say
 
-# What libsndfile reads, by extension; the first that exists is taken for an id.
+# Formats that libsndfile reads, by extension. The first file that exists is taken for an id.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
-LOWEST_RATE = 1000  # Hz; below, a file is damaged, and to resample it could fill the memory
+MIN_SAMPLING_RATE = 1000  # Hz; a lower one is damage, and resampling from it could fill the memory
 PCM16_MAX = 32767
-MUCH_CLAMPED = 0.01  # of a file's samples
-# How samples are stored that hang on none of those around them, so that a part can be read alone.
+MAX_CLAMPED = 0.01  # of a file's samples; more is reported
+# Encodings whose samples do not depend on each other, so that a part can be read alone.
 PLAIN_SUBTYPES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
-MAX_PEAK = 4.0  # of full scale; a float file above holds 16-bit integers, say
-# Of 250 clips of 150 voices, by HiFi-GAN's recipe, the lowest values lay between -11.5, which is
-# silence, and -8.1, the highest between -0.9 and 2.1.
-LOWEST_LOG_MEL, HIGHEST_LOG_MEL = (-12.0, -6.5), 4.0
+MAX_PEAK = 4.0  # of full scale; a float file above it contains 16-bit integers, for example
+MIN_PEAK = 1e-3  # of full scale, -60 dB; a file below it is as good as silent
+MAX_MISSING = 0.05  # of a file, by its header; lengths of MP3s are estimates
+OPEN_LENGTH = 2**31 - 1  # bytes; programs that stream write such a length or a larger one
+
+# Measured with HiFi-GAN's mels of 1,730 clips. Clean, their lowest value is below -7.6. With white
+# or pink noise at 10 and 0 dB it is below -3.7, but then the median step from frame to frame, at
+# least 0.19, is at least 0.183 of the standard deviation. 98% of log10 mels are outside of this.
+LOG_MEL_FLOORS = (-12.0, -6.5)  # of clean speech
+NOISY_FLOOR = -3.0
+NOISY_STEP, NOISY_RELATIVE_STEP = 0.18, 0.18
+MAX_LOG_MEL = 4.0
+
+
+class SilenceError(UserError):
+    """An audio file is silent, or almost."""
 
 
 class Wav(NamedTuple):
-    """A waveform, read where it is needed."""
+    """A waveform whose samples are read on demand."""
 
     samples: int
     part: Callable[[int, int], torch.Tensor]  # (first, stop) -> [stop - first]
 
 
-def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torch.Tensor:
-    """Any file that soundfile reads, as one float32 channel [N] in [-1, 1] at `sampling_rate` Hz.
+# ------------------------------------------------------------------------------------------ audio
+
+
+def load_wav(
+    path: str | Path, sampling_rate: int, min_samples: int = 1, min_peak: float = MIN_PEAK
+) -> torch.Tensor:
+    """Reads an audio file as float32 [N] in [-1, 1] at `sampling_rate` Hz, mixed to mono.
+
+    Prints a line if the file is truncated.
 
     Raises:
+        SilenceError: a peak below `min_peak` after mixing.
         UserError: unreadable or empty file, NaN or infinity, samples far beyond full scale, or
             fewer than `min_samples`; the message names the file.
     """
-    wav, file_rate = _read(path)
-    if file_rate < LOWEST_RATE:
-        raise UserError(f"{path}: sampled at {file_rate} Hz; expected at least {LOWEST_RATE}")
-    if len(wav) > 0 and file_rate != sampling_rate:
-        wav = librosa.resample(wav, orig_sr=file_rate, target_sr=sampling_rate, res_type="soxr_hq")
+    channels, file_rate, is_truncated = _read(path)
+    if file_rate < MIN_SAMPLING_RATE:
+        raise UserError(f"{path}: sampled at {file_rate} Hz; expected at least {MIN_SAMPLING_RATE}")
+    if is_truncated:
+        seconds = len(channels) / file_rate
+        say(one_line(f"{path}: truncated; the {seconds:.1f} s that are there are used"))
+    wav = channels.mean(axis=1)
+    if len(wav) > 0:
+        _check_peak(path, channels, wav, min_peak)
+        wav = _resample(wav, file_rate, sampling_rate)
     if len(wav) < min_samples:
         raise UserError(
             f"{path}: {len(wav)} samples at {sampling_rate} Hz; expected at least {min_samples}"
@@ -56,110 +82,112 @@ def load_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> torc
 
 
 def open_wav(path: str | Path, sampling_rate: int, min_samples: int = 1) -> Wav:
-    """What `load_wav` gives, in parts: the same samples, of which only those asked for are read.
+    """Opens an audio file for reading parts of what `load_wav` returns.
 
-    A file that has to be resampled, or is compressed with a loss, is read whole.
+    A file that must be resampled, or has a lossy format, is read whole.
 
     Raises:
-        UserError: as `load_wav`; of a file that is read in parts, for those parts only.
+        UserError: as `load_wav`. If the file is read in parts, NaN and samples beyond full scale
+            are found in those parts only, and silence is allowed.
     """
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:
             samples, is_plain = file.frames, file.subtype.startswith(PLAIN_SUBTYPES)
             is_plain &= file.samplerate == sampling_rate and file.seekable()
     except (OSError, RuntimeError, TypeError):
-        is_plain = False  # load_wav has the words
+        is_plain = False  # load_wav raises the error
     if is_plain and samples >= min_samples:
-        return Wav(samples, lambda first, stop: torch.from_numpy(_read(path, first, stop)[0]))
+
+        def read_part(first: int, stop: int) -> torch.Tensor:
+            return torch.from_numpy(_read(path, first, stop)[0].mean(axis=1))
+
+        return Wav(samples, read_part)
     wav = load_wav(path, sampling_rate, min_samples)
     return Wav(len(wav), lambda first, stop: wav[first:stop])
 
 
-def _read(path: str | Path, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, int]:
-    """Samples `first` to `stop` of a file as float32 [N] in [-1, 1], and its rate in Hz."""
+def _read(
+    path: str | Path, first: int = 0, stop: int | None = None
+) -> tuple[np.ndarray, int, bool]:
+    """Reads samples `first` to `stop` of a file.
+
+    Returns float32 [N, channels] in [-1, 1], the sampling rate in Hz, and whether the file is
+    truncated.
+    """
     try:
-        # As bytes, for soundfile takes no text with what is no UTF-8.
-        wav, file_rate = soundfile.read(
-            os.fsencode(path), start=first, stop=stop, dtype="float32", always_2d=True
-        )
+        # Encoded, because soundfile refuses text that is not valid UTF-8.
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            if first:
+                file.seek(first)
+            count = -1 if stop is None else stop - first
+            channels = file.read(count, dtype="float32", always_2d=True)
+            is_truncated = stop is None and _is_truncated(file, len(channels))
     except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
-    if not np.isfinite(wav).all():
+    if not np.isfinite(channels).all():
         raise UserError(f"{path}: holds samples that are NaN or infinite")
-    peak = np.abs(wav).max(initial=0)
+    peak = np.abs(channels).max(initial=0)
     if peak > MAX_PEAK:
         raise UserError(
             f"{path}: a peak of {peak:.6g}; expected about 1: divide its samples by their full "
             "scale (16-bit ones by 32768)"
         )
-    return np.clip(wav, -1, 1, out=wav).mean(axis=1), file_rate
+    return np.clip(channels, -1, 1, out=channels), file.samplerate, is_truncated
+
+
+def _is_truncated(file: soundfile.SoundFile, samples: int) -> bool:
+    """Returns whether a file lacks its end, by libsndfile's log; `samples` of it could be read."""
+    log = file.extra_info
+    sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)  # in bytes: the header's, the file's
+    lengths = [(file.frames, samples), *((int(claimed), int(found)) for claimed, found in sizes)]
+    is_short = any(
+        found < (1 - MAX_MISSING) * claimed for claimed, found in lengths if claimed < OPEN_LENGTH
+    )
+    return is_short or "lacks an end-of-stream bit" in log
+
+
+def _check_peak(path: str | Path, channels: np.ndarray, wav: np.ndarray, min_peak: float) -> None:
+    """Raises SilenceError if the mix `wav` [N] of `channels` [N, C] is almost silent."""
+    peak, peak_before = np.abs(wav).max(), np.abs(channels).max()
+    if peak >= min_peak:
+        return
+    if peak_before >= min_peak:
+        raise SilenceError(
+            f"{path}: its {channels.shape[1]} channels cancel: a peak of {peak_before:.2g}, but of "
+            f"{peak:.2g} after mixing to mono; expected at least {min_peak:g}: keep one channel"
+        )
+    raise SilenceError(
+        f"{path}: almost silent, a peak of {peak:.2g}; expected at least {min_peak:g} of full "
+        "scale: were its samples divided by their full scale twice, or stored with too many bits?"
+    )
+
+
+def _resample(wav: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """Resamples wav [N] to [ceil(N * to_rate / from_rate)]."""
+    if from_rate == to_rate:
+        return wav
+    samples = -(-len(wav) * to_rate // from_rate)
+    resampled = soxr.resample(wav, from_rate, to_rate, quality="HQ")[:samples]
+    return np.pad(resampled, (0, samples - len(resampled)))
 
 
 def audio_seconds(path: str | Path) -> float:
-    """How long an audio file says it is; raises UserError, which names it, where it is none."""
+    """Returns the duration in an audio file's header. Raises UserError if it cannot be read."""
     try:
         return soundfile.info(os.fsencode(path)).duration
     except (OSError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
 
 
-def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
-    """A log-mel .npy file, [num_mels, T] or [1, num_mels, T], as float32 [num_mels, T].
-
-    Raises:
-        UserError: unreadable, pickled, empty or non-finite file, or another shape; the message
-            names the file.
-    """
-    try:
-        # Mapped, so that a header that claims too much fails before any memory is taken.
-        with np.errstate(over="ignore"):  # as its claims may
-            mel = np.lib.format.open_memmap(os.fspath(path), mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected the mel of a clip") from None
-    except Exception as error:  # a damaged header fails in a dozen ways
-        raise UserError(f"{path}: not a readable .npy array ({error})") from None
-    if mel.dtype.kind not in "fiu":
-        raise UserError(f"{path}: expected an array of real numbers")
-    shape = mel.shape
-    if len(shape) == 3 and shape[0] == 1:
-        mel = mel[0]
-    if mel.ndim != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
-        turned = mel.ndim == 2 and mel.shape[1] == num_mels
-        hint = "; it looks transposed: swap its last two axes" if turned else ""
-        expected = f"[{num_mels}, T] or [1, {num_mels}, T]"
-        raise UserError(f"{path}: shape {list(shape)}; expected {expected}{hint}")
-    with np.errstate(over="ignore"):  # becomes infinite
-        mel = torch.from_numpy(mel.astype(np.float32, order="C"))
-    if not mel.isfinite().all():
-        raise UserError(f"{path}: holds values that are NaN or infinite")
-    return mel
-
-
-def mel_warning(mel: torch.Tensor) -> str | None:
-    """Why a mel [num_mels, T] is hardly a log-mel by HiFi-GAN's recipe, or None.
-
-    Other recipes have another logarithm, floor or scale; what comes of a batch is padded by 0.
-    """
-    low, high = float(mel.min()), float(mel.max())
-    if not LOWEST_LOG_MEL[0] < low < LOWEST_LOG_MEL[1] or high > HIGHEST_LOG_MEL:
-        return (
-            f"values from {low:.3g} to {high:.3g}; expected natural logarithms of amplitudes, from "
-            "about -11.5 to 2: is it by the config's recipe?"
-        )
-    if zeros := int((mel == 0).all(0).flip(0).long().cumprod(0).sum()):
-        return f"ends in {zeros} frames of zeros, which are loud: silence is -11.5"
-    return None
-
-
 @contextmanager
 def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torch.Tensor], None]]:
     """Yields a function that appends a piece [N] of a waveform to a PCM 16 file at `path`.
 
-    Clamped: +1.0 is 32767, and nothing wraps. The file is there when the block ends well; says so
-    where much of it was clamped.
+    Samples are clamped to [-1, 1]; 1 becomes 32767. The file appears when the block ends without an
+    error. Prints a line if more than 1% of the samples were clamped.
 
     Raises:
-        UserError: NaN or infinity in a piece.
+        UserError: a piece contains NaN or infinity.
         WriteError: the file cannot be written.
     """
     samples = clamped = 0
@@ -175,11 +203,11 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
         pcm = (piece.clamp(-1, 1) * PCM16_MAX).round().to(torch.int16)
         file.writeframesraw(pcm.numpy().tobytes())
 
-    # Not with soundfile, to which a full disk is a "System error".
+    # The wave module reports a full disk; soundfile only a "System error".
     with atomic_write(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setparams((1, 2, sampling_rate, 0, "NONE", ""))
         yield write
-    if clamped > MUCH_CLAMPED * samples:
+    if clamped > MAX_CLAMPED * samples:
         say(
             one_line(
                 f"{path}: {clamped / samples:.0%} of its samples were beyond full scale and are "
@@ -189,14 +217,89 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
 
 
 def write_wav(path: str | Path, wav: torch.Tensor, sampling_rate: int) -> None:
-    """Writes a waveform [N], as `writing_wav` does."""
+    """Writes a waveform [N] as `writing_wav` does."""
     with writing_wav(path, sampling_rate) as write:
         write(wav)
 
 
+# ------------------------------------------------------------------------------------------- mels
+
+
+def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
+    """Reads a log-mel [num_mels, T] or [1, num_mels, T] from a .npy file as float32 [num_mels, T].
+
+    Raises:
+        UserError: unreadable, pickled, empty or non-finite file, or another shape; the message
+            names the file.
+    """
+    try:
+        # A memory map, so that a header with a huge shape fails before memory is allocated.
+        with np.errstate(over="ignore"):  # such a shape may overflow
+            mel = np.lib.format.open_memmap(os.fspath(path), mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the mel of a clip") from None
+    except Exception as error:  # a damaged header raises a dozen types
+        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+    if mel.dtype.kind not in "fiu":
+        raise UserError(f"{path}: expected an array of real numbers")
+    shape = mel.shape
+    if len(shape) == 3 and shape[0] == 1:
+        mel = mel[0]
+    if mel.ndim != 2 or mel.shape[0] != num_mels or mel.shape[1] == 0:
+        is_transposed = mel.ndim == 2 and mel.shape[1] == num_mels
+        hint = "; it looks transposed: swap its last two axes" if is_transposed else ""
+        expected = f"[{num_mels}, T] or [1, {num_mels}, T]"
+        raise UserError(f"{path}: shape {list(shape)}; expected {expected}{hint}")
+    with np.errstate(over="ignore"):  # a float64 may become infinite
+        mel = torch.from_numpy(mel.astype(np.float32, order="C"))
+    if not mel.isfinite().all():
+        raise UserError(f"{path}: holds values that are NaN or infinite")
+    return mel
+
+
+def mel_warning(mel: torch.Tensor) -> str | None:
+    """Returns why a mel [num_mels, T] does not look like HiFi-GAN's log-mel of speech, or None.
+
+    Mels of another recipe have another logarithm, floor or scale. Mels cut from a batch may end in
+    padding.
+    """
+    low, high = float(mel.min()), float(mel.max())
+    is_speech = LOG_MEL_FLOORS[0] < low < LOG_MEL_FLOORS[1] or _is_noisy_speech(mel, low)
+    if not is_speech or high > MAX_LOG_MEL:
+        return (
+            f"values from {low:.3g} to {high:.3g}; expected natural logarithms of amplitudes, from "
+            "about -11.5 to 2: is it by the config's recipe?"
+        )
+    if zeros := int((mel == 0).all(0).flip(0).long().cumprod(0).sum()):
+        return f"ends in {zeros} frames of zeros, which are loud: silence is -11.5"
+    return None
+
+
+def _is_noisy_speech(mel: torch.Tensor, low: float) -> bool:
+    """Returns whether a mel with a high floor changes from frame to frame as noise does."""
+    if low < LOG_MEL_FLOORS[0] or low > NOISY_FLOOR or mel.shape[1] < 2:
+        return False
+    step = float(mel.diff(dim=1).abs().median())
+    return step > max(NOISY_STEP, NOISY_RELATIVE_STEP * float(mel.std()))
+
+
+def say_mel_warnings(mels: Iterable[tuple[Path, torch.Tensor]]) -> None:
+    """Prints one line if `mel_warning` applies to any of `mels`, pairs of a path and a mel.
+
+    The line names the first such file and counts the others.
+    """
+    count, first = 0, ""
+    for path, mel in mels:
+        if reason := mel_warning(mel):
+            count, first = count + 1, first or f"{path}: {reason}"
+    if first:
+        others = f" (and {count - 1} other mels like it)" if count > 1 else ""
+        say(one_line(f"{first}{others}"))
+
+
 def write_npy(path: str | Path, array: np.ndarray) -> None:
     """Writes one array as a .npy file."""
-    buffer = io.BytesIO()  # into a file, numpy overlooks a disk that fills at the very end
+    buffer = io.BytesIO()  # np.save to a file misses a disk that fills at the very end
     np.save(buffer, array)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())

@@ -1,35 +1,29 @@
-"""What a run stands on: its configuration, and the errors that a user can mend.
+"""The configuration of a run, and the errors that a user can fix.
 
-    h = load_config("config_v1.json")        # a frozen, checked Config, called h everywhere
+    h = load_config("config_v1.json")    # a frozen, checked Config, called h everywhere
 
-HiFi-GAN's and y-chan's JSON files load as they are.
+JSON files of HiFi-GAN, of y-chan's port and of iSTFTNet's ports load as they are.
 """
 
 import difflib
 import json
 import math
 import sys
+import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-# HiFi-GAN's files hold these; nothing here needs them.
-IGNORED_KEYS = {"num_gpus", "num_freq", "dist_config"}
-
-POSITIVE_KEYS = (
-    *("upsample_initial_channel", "discriminator_channel_mult", "batch_size", "learning_rate"),
-    *("segment_size", "num_mels", "n_fft", "hop_size", "win_size", "sampling_rate"),
-    "refiner_channels",
-)
-SMALLEST_SEGMENT = 6  # samples; of fewer, MPD's period of 11 has too little to reflect
-
-LONGEST_LINE = 1500  # characters of an error
+IGNORED_KEYS = {"num_gpus", "num_freq", "dist_config"}  # of HiFi-GAN's files; not used here
+MIN_SEGMENT = 6  # samples; MPD's period of 11 cannot reflect-pad fewer
+MAX_LOOKAHEAD = 7  # frames
+MAX_MESSAGE = 1500  # characters of an error
 
 
 class UserError(Exception):
-    """An error that the user can mend: one line that says what, where and what to do."""
+    """An error that the user can fix: one line that says what is wrong, where and what to do."""
 
     exit_status = 1
 
@@ -44,25 +38,26 @@ class UsageError(UserError):
 
 
 def one_line(text: object) -> str:
-    """`text` as one line that is safe to print, whatever names of files it holds.
+    """Returns `text` as one printable line, whatever file names it contains.
 
-    What no terminal should be given, as escape sequences and bytes that are no UTF-8, is shown as
-    Python writes it; of what is very long, the middle is left out.
+    Control characters, and bytes that are not UTF-8, are escaped as in Python. The middle of a very
+    long text is left out.
     """
     text = " ".join(line.strip() for line in str(text).expandtabs(1).splitlines())
-    if len(text) > LONGEST_LINE:
-        text = f"{text[: LONGEST_LINE * 2 // 3]} ... {text[-LONGEST_LINE // 3 :]}"
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE * 2 // 3]} ... {text[-MAX_MESSAGE // 3 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One model and the way it is trained, under HiFi-GAN's names.
+    """One model and its training, under HiFi-GAN's names.
 
-    `resblock_num` and `resblock_kernel_size` with flat dilations select MISR;
-    `resblock_kernel_sizes` with nested dilations select HiFi-GAN's MRF.
+    `resblock_num`, `resblock_kernel_size` and flat dilations select MISR. `resblock_kernel_sizes`
+    and nested dilations select HiFi-GAN's MRF.
 
-    Raises UsageError where an invariant is broken.
+    Raises:
+        UsageError: a value contradicts the others or is out of range.
     """
 
     # Generator
@@ -72,26 +67,24 @@ class Config:
     upsample_initial_channel: int
     resblock_dilation_sizes: tuple[int, ...] | tuple[tuple[int, ...], ...]
     resblock_num: int | None = None  # MISR: the number N of input convolutions
-    resblock_kernel_size: int | None = None  # MISR: of the one shared block
+    resblock_kernel_size: int | None = None  # MISR: of the shared block
     misr_merge: str = "mean"  # MISR: "mean" or "conv"
-    resblock_kernel_sizes: tuple[int, ...] | None = None  # MRF: one for each block
-    gen_istft_n_fft: int | None = None  # iSTFT head: bins and
-    gen_istft_hop_size: int | None = None  # rate of its inverse STFT, in samples
-    griffin_lim_steps: int | None = None  # a generator at the mel's own rate: steps of its iSTFT
-    lookahead_frames: int | None = None  # frame rate: frames that it looks ahead; None: symmetric
-    refiner_channels: int = 32  # of its refiner, whose units are as `resblock` says
+    resblock_kernel_sizes: tuple[int, ...] | None = None  # MRF: one per block
+    gen_istft_n_fft: int | None = None  # iSTFT head, in samples
+    gen_istft_hop_size: int | None = None  # iSTFT head, in samples
+    griffin_lim_steps: int | None = None  # frame-rate generators only
+    lookahead_frames: int | None = None  # frame rate: 1 to 7; None: symmetric convolutions
+    refiner_channels: int = 32  # frame rate
 
     # Discriminators and losses
     discriminator_channel_mult: float = 1.0
     lambda_mel: float = 45.0
     lambda_feature: float = 2.0
-    lambda_f0: float = 100.0
-    lambda_aperiodicity: float = 100.0
-    discriminator_train_start_steps: int | None = (
-        0  # the update at which discriminators come in; None: none do
-    )
-    n_ffts_for_loss: tuple[int, ...] | None = None  # a mel loss of several resolutions; None: h's
-    num_mels_for_loss: tuple[int, ...] | None = None  # one for each
+    lambda_f0: float = 100.0  # frame rate
+    lambda_aperiodicity: float = 100.0  # frame rate
+    discriminator_train_start_steps: int | None = 0  # None: no discriminators
+    n_ffts_for_loss: tuple[int, ...] | None = None  # resolutions of the mel loss; None: n_fft
+    num_mels_for_loss: tuple[int, ...] | None = None  # one per resolution
 
     # Audio; sizes in samples, frequencies in Hz
     segment_size: int
@@ -102,7 +95,7 @@ class Config:
     sampling_rate: int
     fmin: float
     fmax: float | None  # None: half of sampling_rate
-    fmax_for_loss: float | None
+    fmax_for_loss: float | None  # None: half of sampling_rate
 
     # Training
     optimizer: str = "adamw"  # of the generator: "adamw" or "muon"
@@ -110,13 +103,13 @@ class Config:
     learning_rate: float
     adam_b1: float
     adam_b2: float
-    lr_decay: float  # each epoch
+    lr_decay: float  # per epoch
     seed: int
     num_workers: int  # of each process
 
     def __post_init__(self):
-        for holds, key, expected in _checks(self):
-            if not holds:
+        for is_valid, key, expected in _checks(self):
+            if not is_valid:
                 value = json.dumps(getattr(self, key))
                 raise UsageError(f"{key} = {value}: expected {expected}")
 
@@ -127,150 +120,167 @@ class Config:
 
     @property
     def uses_discriminators(self) -> bool:
-        """True where the generator learns against discriminators, at once or later."""
+        """True if discriminators are trained, from the first update or later."""
         return self.discriminator_train_start_steps is not None
 
     @property
     def is_frame_rate(self) -> bool:
-        """True for a generator at the mel's own rate, whose iSTFT is the mel's STFT inverted."""
+        """True for a generator whose layers all run at the mel's frame rate."""
         return self.griffin_lim_steps is not None
 
     @property
     def uses_istft(self) -> bool:
-        """True where an inverse STFT makes the last samples, as in iSTFTNet."""
+        """True for a generator with iSTFTNet's head."""
         return self.gen_istft_n_fft is not None
 
 
-def load_config(path: str | Path, say: Callable[[str], object] | None = None) -> Config:
-    """Reads a JSON config of this repository, of HiFi-GAN or of y-chan's port.
+# ------------------------------------------------------------------------------------ JSON files
 
-    `say` is called with a line for the user where a MISR config does not say its `misr_merge`.
+
+def load_config(
+    path: str | Path,
+    say: Callable[[str], object] | None = None,
+    ignore_unknown: bool = False,
+) -> Config:
+    """Reads a JSON config of this repository, of HiFi-GAN or of a port of it.
+
+    `say` gets one line per note: a MISR config without `misr_merge`; keys that were ignored.
+
+    Args:
+        ignore_unknown: ignore unknown keys instead of refusing them, as inference does.
 
     Raises:
-        UsageError: unreadable file, unknown or missing key, wrong type or broken invariant; the
+        UsageError: unreadable file, unknown or missing key, wrong type or invalid value; the
             message names the file, the key, the value and what was expected.
     """
+    values = _read_json(path)
+    unknown = [key for key in values if key not in {field.name for field in fields(Config)}]
+    if ignore_unknown and unknown:
+        values = {key: value for key, value in values.items() if key not in unknown}
+        if say:
+            say(one_line(f"{path}: unknown keys ignored: {', '.join(unknown)}"))
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        values = json.loads(text, object_pairs_hook=_without_twins)
+        h = Config(**_typed(values))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    if say and h.uses_misr and "misr_merge" not in values:
+        say(f'{path}: no misr_merge, so "mean" is used; y-chan\'s port uses "conv"')
+    return h
+
+
+def _read_json(path: str | Path) -> dict:
+    """Returns the keys and values of a JSON file, without HiFi-GAN's unused keys."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
+        values = json.loads(text, object_pairs_hook=_unique_keys)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such config; there is config_v1.json, for instance") from None
+        raise UsageError(f"{path}: no such config; try config_v1.json") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a readable JSON config ({error})") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected a JSON object of keys and values")
-    values = {key: value for key, value in values.items() if key not in IGNORED_KEYS}
-    try:
-        h = Config(**_typed(values))
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    if say and h.uses_misr and "misr_merge" not in values:
-        say(f'{path}: no misr_merge, so "mean"; y-chan\'s port merges by "conv"')
-    return h
+    return {key: value for key, value in values.items() if key not in IGNORED_KEYS}
 
 
-def _without_twins(pairs: list[tuple]) -> dict:
-    """A JSON object; json itself would take the last of two values in silence."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+def _unique_keys(pairs: list[tuple]) -> dict:
+    """Returns a JSON object. Raises ValueError for a key given twice; json keeps the last."""
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
         raise ValueError(f"given twice: {', '.join(twice)}")
-    return values
+    return dict(pairs)
 
 
 def _typed(values: dict) -> dict:
-    """JSON `values` as Config's field types; names the first key that is unknown or amiss."""
-    known = {field.name: field for field in fields(Config)}
-    kinds = typing.get_type_hints(Config)
-    for key in values:
+    """Converts JSON `values` to the types of Config's fields.
+
+    Raises:
+        UsageError: unknown or missing key, or wrong type.
+    """
+    known, kinds = {field.name: field for field in fields(Config)}, typing.get_type_hints(Config)
+    for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise UsageError(f"{key} = {json.dumps(values[key])}: unknown key{hint}")
+            raise UsageError(f"{key} = {json.dumps(value)}: unknown key{hint}")
+        if not _has_type(value, kinds[key]):
+            expected = _in_words(kinds[key])
+            raise UsageError(f"{key} = {json.dumps(value)}: expected {expected}")
     for key, field in known.items():
         if key not in values and field.default is MISSING:
-            raise UsageError(f"{key} is missing: expected {KINDS[kinds[key]][0]}")
-    for key, value in values.items():
-        expected, is_such = KINDS[kinds[key]]
-        if not is_such(value):
-            raise UsageError(f"{key} = {json.dumps(value)}: expected {expected}")
-    return {key: _frozen(value, kinds[key]) for key, value in values.items()}
+            raise UsageError(f"{key} is missing: expected {_in_words(kinds[key])}")
+    return {key: _frozen(value) for key, value in values.items()}
 
 
-def _frozen(value, kind):
-    """Lists as tuples, at any depth; an integer for a number as a float."""
-    if isinstance(value, list):
-        return tuple(_frozen(item, None) for item in value)
-    return float(value) if kind in (float, float | None) and value is not None else value
+def _has_type(value: object, kind: type | types.UnionType) -> bool:
+    """Returns whether a JSON value has the annotated type `kind` of a field."""
+    if isinstance(kind, types.UnionType):
+        return any(_has_type(value, each) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return isinstance(value, list) and all(_has_type(each, item) for each in value)
+    if kind is float:  # NaN and numbers beyond a float's range are refused
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is kind
 
 
-def _is_int(value) -> bool:
-    return type(value) is int and abs(value) < 2**63
+def _in_words(kind: type | types.UnionType) -> str:
+    """Names a field's type in the words of a JSON file."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_in_words(each) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a list, each " + _in_words(typing.get_args(kind)[0])
+    return {str: "a string", int: "an integer", float: "a number", type(None): "null"}[kind]
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # NaN is not
+def _frozen(value: object) -> object:
+    """Converts lists to tuples, at any depth."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _is_list(value) -> bool:
-    return isinstance(value, list) and all(map(_is_int, value))
+# ---------------------------------------------------------------------------------------- checks
+
+Checks = Iterator[tuple[bool, str, str]]  # (is_valid, key, what is expected)
 
 
-def _is_list_of_lists(value) -> bool:
-    return isinstance(value, list) and all(map(_is_list, value))
+def _checks(h: Config) -> Checks:
+    """Yields the checks of all values. A check may rely on those before it."""
+    yield from _range_checks(h)
+    yield from _audio_checks(h)
+    yield from _loss_checks(h)
+    yield from _generator_checks(h)
+    yield from _misr_checks(h) if h.uses_misr else _mrf_checks(h)
 
 
-# The types of Config's fields: in the words of a JSON file, and whether a JSON value is such.
-KINDS = {
-    str: ("a string", lambda value: isinstance(value, str)),
-    int: ("an integer", _is_int),
-    int | None: ("an integer or null", lambda value: value is None or _is_int(value)),
-    float: ("a number", _is_number),
-    float | None: ("a number or null", lambda value: value is None or _is_number(value)),
-    tuple[int, ...]: ("a list, each an integer", _is_list),
-    tuple[int, ...] | None: (
-        "a list, each an integer, or null",
-        lambda value: value is None or _is_list(value),
-    ),
-    tuple[int, ...] | tuple[tuple[int, ...], ...]: (
-        "a list, each an integer, or a list of such lists",
-        lambda value: _is_list(value) or _is_list_of_lists(value),
-    ),
-}
-
-
-def _are_odd(sizes: tuple[int, ...]) -> bool:
-    return len(sizes) > 0 and all(size > 0 and size % 2 == 1 for size in sizes)
-
-
-def _are_dilations(values: tuple) -> bool:
-    return len(values) > 0 and all(isinstance(value, int) and value > 0 for value in values)
-
-
-def _checks(h: Config) -> Iterator[tuple[bool, str, str]]:
-    """(whether it holds, the key, what was expected), each relying on those before it."""
-    for key in POSITIVE_KEYS:
+def _range_checks(h: Config) -> Checks:
+    for key in (
+        *("upsample_initial_channel", "discriminator_channel_mult", "batch_size", "learning_rate"),
+        *("segment_size", "num_mels", "n_fft", "hop_size", "win_size", "sampling_rate"),
+        "refiner_channels",
+    ):
         yield getattr(h, key) > 0, key, "more than 0"
-    for key in ("lambda_mel", "lambda_feature", "num_workers", "seed"):
+    for key in (
+        *("lambda_mel", "lambda_feature", "lambda_f0", "lambda_aperiodicity"),
+        *("num_workers", "seed"),
+    ):
         yield getattr(h, key) >= 0, key, "0 or more"
-    yield (
-        (h.discriminator_train_start_steps or 0) >= 0,
-        "discriminator_train_start_steps",
-        "0 or more, or null",
-    )
+    for key in ("discriminator_train_start_steps", "griffin_lim_steps"):
+        yield (getattr(h, key) or 0) >= 0, key, "0 or more, or null"
     for key in ("adam_b1", "adam_b2"):
         yield 0 <= getattr(h, key) < 1, key, "0 or more and less than 1"
     yield 0 < h.lr_decay <= 1, "lr_decay", "more than 0 and at most 1"
     yield h.optimizer in ("adamw", "muon"), "optimizer", '"adamw" or "muon"'
+
+
+def _audio_checks(h: Config) -> Checks:
     yield h.win_size <= h.n_fft, "win_size", f"at most n_fft, {h.n_fft}"
     overlap = h.n_fft - h.hop_size
     expected = f"hop_size, {h.hop_size}, plus an even number"
     yield overlap >= 0 and overlap % 2 == 0, "n_fft", expected
     expected = f"a multiple of hop_size, {h.hop_size}"
     yield h.segment_size % h.hop_size == 0, "segment_size", expected
-    yield h.segment_size >= SMALLEST_SEGMENT, "segment_size", f"at least {SMALLEST_SEGMENT}"
+    yield h.segment_size >= MIN_SEGMENT, "segment_size", f"at least {MIN_SEGMENT}"
     nyquist = h.sampling_rate / 2
     expected = f"0 or more and less than sampling_rate / 2, {nyquist:g}"
     yield 0 <= h.fmin < nyquist, "fmin", expected
@@ -279,84 +289,61 @@ def _checks(h: Config) -> Iterator[tuple[bool, str, str]]:
         fmax = getattr(h, key)
         yield fmax is None or h.fmin < fmax <= nyquist, key, expected
     yield h.num_mels <= h.n_fft, "num_mels", f"at most n_fft, {h.n_fft}"
-    for fmax in (h.fmax, h.fmax_for_loss):
-        empty = _empty_bands(h, h.num_mels, h.n_fft, fmax)
-        expected = f"fewer, or n_fft above {h.n_fft}, where {empty} bands hold no bin of the STFT"
-        yield empty == 0, "num_mels", expected
-    n_ffts, bands = h.n_ffts_for_loss or (), h.num_mels_for_loss or ()
+
+
+def _loss_checks(h: Config) -> Checks:
+    n_ffts, num_mels = h.n_ffts_for_loss, h.num_mels_for_loss
     expected = "null or a list of one or more multiples of 8, at least 64 each"
-    yield all(n >= 64 and n % 8 == 0 for n in n_ffts), "n_ffts_for_loss", expected
-    yield h.n_ffts_for_loss != (), "n_ffts_for_loss", expected
+    is_valid = n_ffts is None or (n_ffts and all(n >= 64 and n % 8 == 0 for n in n_ffts))
+    yield is_valid, "n_ffts_for_loss", expected
+    n_ffts, num_mels = n_ffts or (), num_mels or ()
     expected = f"one number of bands for each of the {len(n_ffts)} n_ffts_for_loss"
-    yield len(bands) == len(n_ffts), "num_mels_for_loss", expected
-    expected = "positive numbers, each at most a quarter of its n_fft"
-    fits = all(0 < m <= n // 4 for m, n in zip(bands, n_ffts, strict=True))
-    yield fits, "num_mels_for_loss", expected
-    for num_mels, n_fft in zip(bands, n_ffts, strict=True):
-        empty = _empty_bands(h, num_mels, n_fft, h.fmax_for_loss)
-        expected = f"fewer than {num_mels} for n_fft {n_fft}, where {empty} bands hold no bin"
-        yield empty == 0, "num_mels_for_loss", expected
-    yield from _generator_checks(h)
+    yield len(num_mels) == len(n_ffts), "num_mels_for_loss", expected
+    is_valid = all(0 < m <= n // 4 for m, n in zip(num_mels, n_ffts, strict=True))
+    yield is_valid, "num_mels_for_loss", "positive numbers, each at most a quarter of its n_fft"
 
 
-def _empty_bands(h: Config, num_mels: int, n_fft: int, fmax: float | None) -> int:
-    """How many of a mel's bands lie between two bins of the STFT, and would always be silent."""
-    top = h.sampling_rate / 2 if fmax is None else fmax
-    edges = [hz * n_fft / h.sampling_rate for hz in band_edges(num_mels, h.fmin, top)]
-    return sum(math.floor(a) + 1 >= b for a, b in zip(edges, edges[2:], strict=False))
-
-
-def band_edges(num_mels: int, fmin: float, fmax: float) -> list[float]:
-    """Hz between which the bands of a mel lie: of band i the ends are [i] and [i + 2]."""
-    low, high = _mel_of_hz(fmin), _mel_of_hz(fmax)
-    return [_hz_of_mel(low + (high - low) * i / (num_mels + 1)) for i in range(num_mels + 2)]
-
-
-def _mel_of_hz(hz: float) -> float:
-    """Slaney's mel scale: linear up to 1 kHz, then logarithmic."""
-    return hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
-
-
-def _hz_of_mel(mel: float) -> float:
-    return mel * 200 / 3 if mel < 15 else 1000 * math.exp((mel - 15) * math.log(6.4) / 27)
-
-
-def _generator_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
-    """As _checks, of the generator's shape."""
+def _generator_checks(h: Config) -> Checks:
     rates, kernels = h.upsample_rates, h.upsample_kernel_sizes
     yield min(rates, default=0) > 0, "upsample_rates", "a list of one or more positive rates"
-    n_fft, hop_size = h.gen_istft_n_fft, h.gen_istft_hop_size
     expected = "both gen_istft_n_fft and gen_istft_hop_size, or neither"
-    yield n_fft is not None or hop_size is None, "gen_istft_n_fft", expected
-    yield hop_size is not None or n_fft is None, "gen_istft_hop_size", expected
-    if h.uses_istft:
-        yield n_fft > 0 and n_fft % 2 == 0, "gen_istft_n_fft", "a positive even number"
-        holds = 0 < hop_size <= n_fft // 2 and hop_size < h.hop_size
-        expected = f"1 to half of gen_istft_n_fft, {n_fft // 2}, and less than {h.hop_size}"
-        yield holds, "gen_istft_hop_size", expected
-    if h.is_frame_rate:
-        yield h.griffin_lim_steps >= 0, "griffin_lim_steps", "0 or more"
-        yield not h.uses_istft, "griffin_lim_steps", "no such key beside gen_istft_n_fft"
-        expected = "rates of 1 beside griffin_lim_steps, one for each block"
-        yield max(rates) == 1, "upsample_rates", expected
-    else:
-        product = math.prod(rates) * (hop_size or 1)
-        times = ", times gen_istft_hop_size," if h.uses_istft else ""
-        expected = f"rates whose product{times} ({product} here) is hop_size, {h.hop_size}"
-        yield product == h.hop_size, "upsample_rates", expected
+    n_fft, hop_size = h.gen_istft_n_fft, h.gen_istft_hop_size
+    yield (n_fft is None) == (hop_size is None), "gen_istft_n_fft", expected
+    yield from _frame_rate_checks(h) if h.is_frame_rate else _upsampling_checks(h)
     expected = f"one kernel size for each of the {len(rates)} upsample_rates"
     yield len(kernels) == len(rates), "upsample_kernel_sizes", expected
     gaps = [kernel - rate for kernel, rate in zip(kernels, rates, strict=True)]
     expected = f"each its rate of {json.dumps(rates)} plus 0 or an even number"
     yield all(gap >= 0 and gap % 2 == 0 for gap in gaps), "upsample_kernel_sizes", expected
-    expected = f"at least {2 ** len(rates)}: it is halved in each of {len(rates)} stages"
-    holds = h.is_frame_rate or h.upsample_initial_channel >= 2 ** len(rates)
-    yield holds, "upsample_initial_channel", expected
     yield h.resblock in ("1", "2"), "resblock", '"1" or "2"'
-    yield from _misr_checks(h) if h.uses_misr else _mrf_checks(h)
 
 
-def _misr_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
+def _frame_rate_checks(h: Config) -> Checks:
+    yield not h.uses_istft, "griffin_lim_steps", "no such key beside gen_istft_n_fft"
+    expected = "rates of 1 beside griffin_lim_steps, one for each block"
+    yield max(h.upsample_rates) == 1, "upsample_rates", expected
+    is_valid = h.lookahead_frames is None or 1 <= h.lookahead_frames <= MAX_LOOKAHEAD
+    yield is_valid, "lookahead_frames", f"1 to {MAX_LOOKAHEAD}, or null"
+
+
+def _upsampling_checks(h: Config) -> Checks:
+    expected = "no such key without griffin_lim_steps (frame-rate generators)"
+    yield h.lookahead_frames is None, "lookahead_frames", expected
+    n_fft, hop_size, stages = h.gen_istft_n_fft, h.gen_istft_hop_size, len(h.upsample_rates)
+    if h.uses_istft:
+        yield n_fft > 0 and n_fft % 2 == 0, "gen_istft_n_fft", "a positive even number"
+        is_valid = 0 < hop_size <= n_fft // 2 and hop_size < h.hop_size
+        expected = f"1 to half of gen_istft_n_fft, {n_fft // 2}, and less than {h.hop_size}"
+        yield is_valid, "gen_istft_hop_size", expected
+    product = math.prod(h.upsample_rates) * (hop_size or 1)
+    times = ", times gen_istft_hop_size," if h.uses_istft else ""
+    expected = f"rates whose product{times} ({product} here) is hop_size, {h.hop_size}"
+    yield product == h.hop_size, "upsample_rates", expected
+    expected = f"at least {2**stages}: it is halved in each of {stages} stages"
+    yield h.upsample_initial_channel >= 2**stages, "upsample_initial_channel", expected
+
+
+def _misr_checks(h: Config) -> Checks:
     expected = "one or more for MISR (MRF has resblock_kernel_sizes instead)"
     yield (h.resblock_num or 0) > 0, "resblock_num", expected
     yield _are_odd((h.resblock_kernel_size or 0,)), "resblock_kernel_size", "an odd size for MISR"
@@ -365,14 +352,21 @@ def _misr_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
     yield h.misr_merge in ("mean", "conv"), "misr_merge", '"mean" or "conv"'
 
 
-def _mrf_checks(h: Config) -> Iterator[tuple[bool, str, str]]:
+def _mrf_checks(h: Config) -> Checks:
     kernels, dilations = h.resblock_kernel_sizes, h.resblock_dilation_sizes
     for key in ("resblock_num", "resblock_kernel_size"):
         expected = "no such key beside resblock_kernel_sizes (MRF)"
         yield getattr(h, key) is None, key, expected
     yield _are_odd(kernels), "resblock_kernel_sizes", "one or more odd sizes"
-    holds = len(dilations) == len(kernels) and all(
-        isinstance(each, tuple) and _are_dilations(each) for each in dilations
-    )
+    is_valid = len(dilations) == len(kernels) and all(map(_are_dilations, dilations))
     expected = f"a list of positive dilations for each of the {len(kernels)} resblock_kernel_sizes"
-    yield holds, "resblock_dilation_sizes", expected
+    yield is_valid, "resblock_dilation_sizes", expected
+
+
+def _are_odd(sizes: tuple[int, ...]) -> bool:
+    return len(sizes) > 0 and all(size > 0 and size % 2 == 1 for size in sizes)
+
+
+def _are_dilations(values: object) -> bool:
+    is_list = isinstance(values, tuple) and len(values) > 0
+    return is_list and all(isinstance(value, int) and value > 0 for value in values)

@@ -23,7 +23,7 @@ from env import Config, UserError
 from harmonic import HarmonicNoiseHead
 from inference import load_generator
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
-from models import MISR, Generator, radius
+from models import MISR, Generator, block_padding
 from utils import atomic_write, command_line, command_parser
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Conv2dMISR(nn.Module):
     def __init__(self, misr: MISR):
         super().__init__()
         N, C = misr.num_inputs, misr.input_conv.in_channels
-        self.num_inputs, self.reach = N, radius(misr)
+        self.num_inputs, self.reach = N, block_padding(misr)[0]
         self.is_halved = C <= SET_OF_CHANNELS
         self.views = nn.Conv2d(C, C, (N, 1), padding=(N - 1, 0), bias=False)
         self.views.weight = _parameter(

@@ -1,6 +1,6 @@
-"""What makes convolutions fast: the channels-last layout and, on CPUs, folded strides.
+"""Convolutions that are faster than torch.nn's: channels-last layout and, on CPUs, folded strides.
 
-Each gives the same sums as the plain form of torch.nn, to which the tests compare it.
+All compute the same sums as torch.nn. The tests compare them with it.
 """
 
 import torch
@@ -11,19 +11,19 @@ FOLD = 4  # samples; a multiple of MSD's strides
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """x [B, C, T], laid out in memory as [B, T, C]; no copy where it is already."""
+    """Returns x [B, C, T] with the memory layout [B, T, C]. Does not copy if x has it."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """True where x [B, C, T] lies in memory as [B, T, C]."""
+    """Returns whether x [B, C, T] has the memory layout [B, T, C]."""
     return x.transpose(1, 2).is_contiguous()
 
 
 class Conv1d(nn.Conv1d):
-    """nn.Conv1d, with the options used here, that takes and gives either layout.
+    """nn.Conv1d that accepts both layouts and keeps the layout of its input.
 
-    nn.Conv1d itself would copy a channels-last input. As a picture of height 1 it stays as it is.
+    nn.Conv1d copies a channels-last input. A 2-D convolution of height 1 does not.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Conv1d(nn.Conv1d):
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):
-    """nn.ConvTranspose1d that takes and gives either layout, as Conv1d."""
+    """nn.ConvTranspose1d that accepts both layouts and keeps the layout of its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not is_channels_last(x):
@@ -49,27 +49,27 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
 
 def reshape(x: torch.Tensor, *shape: int) -> torch.Tensor:
-    """x [B, C, T] in another shape, in the layout that it has."""
+    """Reshapes x [B, C, T] and keeps its layout."""
     y = x.reshape(shape)
     return channels_last(y) if is_channels_last(x) else y
 
 
 def conv_along_time(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """The (k, 1) convolution `conv` as a (1, k) one of x [B, C, period, S]."""
+    """Applies the (k, 1) convolution `conv` of x [B, C, S, period] to x [B, C, period, S]."""
     weight, stride, padding = conv.weight.transpose(2, 3), conv.stride[::-1], conv.padding[::-1]
-    if x.device.type == "cuda":  # cuDNN would bring each layer into this layout, and back
+    if x.device.type == "cuda":  # otherwise cuDNN converts each layer to this layout and back
         x, weight = (each.contiguous(memory_format=torch.channels_last) for each in (x, weight))
     return F.conv2d(x, weight, conv.bias, stride=stride, padding=padding)
 
 
 def scale_conv(conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
-    """`conv(x)`, 2 to 4 times as fast on CPUs where `conv` is strided and grouped.
+    """Returns `conv(x)`, 2 to 4 times as fast on CPUs if `conv` is strided and grouped.
 
-    CPU libraries are slow at strides and at groups of few channels. So FOLD samples of time become
-    channels and the FOLD / stride phases of the output too: a convolution of stride 1 with more
-    channels in each group, whose kernels are those of `conv`, shifted for each phase. The same sum.
+    CPU libraries are slow with strides and with groups of few channels. So FOLD samples of the
+    input become channels, and so do the FOLD / stride phases of the output. This is a convolution
+    of stride 1 with more channels per group. Its kernels are those of `conv`, shifted by phase.
     """
-    with torch.autocast(x.device.type, enabled=False):  # spectral norm's products stay in fp32
+    with torch.autocast(x.device.type, enabled=False):  # spectral norm is computed in fp32
         weight = conv.weight
     is_folded = conv.groups > 1 and conv.stride[0] > 1 and x.device.type == "cpu"
     if not is_folded:

@@ -2,12 +2,13 @@
 
     python inference_e2e.py --input_mels_dir test_mel_files --checkpoint_file cp_misrnet/g_00500000
 
-In a pipe, it speaks while it is fed:
+In a pipe, it synthesizes while frames arrive:
 
     tts | python inference_e2e.py --input_mels_dir - --checkpoint_file cp_misrnet/g_00500000 | aplay
 
-Standard input holds frames one after the other, each of num_mels float32 (little-endian); standard
-output is a wav, PCM 16, whose header leaves its length open. Messages go to standard error.
+Standard input holds frames one after the other, each num_mels float32 values (little-endian).
+Standard output is a wav, PCM 16, whose header leaves its length open. Messages go to standard
+error.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import os
 import signal
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -24,89 +25,140 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from audio import PCM16_MAX, load_mel, mel_warning
-from env import UsageError, UserError, one_line
+from audio import PCM16_MAX, load_mel, mel_warning, say_mel_warnings
+from env import UsageError, UserError
 from inference import Mel, Streamer, add_arguments, start, vocode_files
 from utils import command_line, command_parser, plan_outputs, say
 
-MOST_FRAMES = 1024  # at once, of a pipe, where --chunk_frames is 0
-OPEN_LENGTH = 2**32 - 1  # of a wav whose end is not known, as ffmpeg writes it
+MAX_PIPE_FRAMES = 1024  # at once, if --chunk_frames is 0
+OPEN_LENGTH = 2**32 - 1  # in the header of a wav whose length is not known, as ffmpeg writes it
+NPY_MAGIC = b"\x93NUMPY"
+CHECKED_FRAMES = 32  # of a pipe: fewer frames of good mels can look wrong
+# In a mel, neighbouring frames differ about as much as neighbouring bands do. With bands first,
+# they differ several times as much.
+MAX_FRAME_TO_BAND_RATIO = 2.5
 
 
 def read_mel(path: Path, num_mels: int) -> Mel:
-    """The mel of a .npy file; raises UserError as `load_mel` does."""
+    """Returns the mel of a .npy file; raises UserError as `load_mel` does."""
     mel = load_mel(path, num_mels)
     return Mel(mel.shape[1], lambda first, stop: mel[:, first:stop])
 
 
-def say_mel_warning(paths: Iterable[Path], num_mels: int) -> None:
-    """Says why the first mel that can be read is hardly by the recipe, where it looks so."""
+def readable_mels(paths: Iterable[Path], num_mels: int) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Yields the files that can be read, with their mels; the others are reported later."""
     for path in paths:
-        with contextlib.suppress(UserError):  # which is said in its turn
-            if reason := mel_warning(load_mel(path, num_mels)):
-                say(one_line(f"{path}: {reason}"))
-            return
+        with contextlib.suppress(UserError):
+            yield path, load_mel(path, num_mels)
 
 
 def wav_header(sampling_rate: int) -> bytes:
-    """The start of a wav of one channel in PCM 16, of open length."""
+    """Returns the header of a mono wav in PCM 16 of open length."""
     of_format = (b"fmt ", 16, 1, 1, sampling_rate, 2 * sampling_rate, 2, 16)
     riff = struct.pack("<4sI4s", b"RIFF", OPEN_LENGTH, b"WAVE")
     return riff + struct.pack("<4sIHHIIHH", *of_format) + struct.pack("<4sI", b"data", OPEN_LENGTH)
 
 
 def pcm16(wav: torch.Tensor) -> bytes:
-    """A waveform [N] as PCM 16, clamped. Raises UserError where it is not finite."""
+    """Returns a waveform [N] as PCM 16, clamped; raises UserError if it is not finite."""
     if not wav.isfinite().all():
         raise UserError("the waveform is not finite; is the checkpoint good?")
     return (wav.cpu().float().clamp(-1, 1) * PCM16_MAX).round().numpy().astype("<i2").tobytes()
 
 
-def speak(streamer: Streamer, source: BinaryIO, sink: BinaryIO, most_frames: int) -> None:
-    """Writes the samples of `source`'s frames to `sink` as soon as they are final.
+def pipe_warning(mel: torch.Tensor) -> str | None:
+    """Returns why the first frames of a pipe [num_mels, T] do not look like log-mels, or None."""
+    if mel.shape[1] > 1:
+        frame_step, band_step = (mel.diff(dim=dim).abs().mean() for dim in (1, 0))
+        if frame_step > MAX_FRAME_TO_BAND_RATIO * band_step:
+            return (
+                "neighbouring frames differ more than neighbouring bands; expected frame after "
+                "frame: send mel.T, not mel [num_mels, T]"
+            )
+    return mel_warning(mel)
 
-    It takes all the frames that have come while it spoke, `most_frames` at most: the slower the
-    processor, the more at a time.
+
+def read_frames(source: BinaryIO, num_mels: int, max_frames: int) -> Iterator[np.ndarray]:
+    """Yields the frames [num_mels, n] that have arrived, at most `max_frames` at a time.
 
     Raises:
-        UserError: no frame, NaN or infinity, or an end amid a frame, before which all is spoken.
-        BrokenPipeError: nobody listens any more.
+        UserError: a .npy file, no frame, NaN or infinity, or an end within a frame; frames before
+            it have been yielded.
     """
-    num_mels = streamer.generator.conv_pre.in_channels
-    heard, rest, is_good = 0, b"", True
-    while is_good and (data := source.read1(most_frames * num_mels * 4)):
+    size, rest, count = num_mels * 4, b"", 0
+    while data := source.read1(max_frames * size):
         data = rest + data
-        frames = len(data) // (num_mels * 4)
-        rest = data[frames * num_mels * 4 :]
+        if count == 0 and data.startswith(NPY_MAGIC):
+            raise UserError(
+                "standard input: a .npy file; expected raw float32 frames: give the file's path "
+                "as --input_mels_dir, or send mel.T.tobytes()"
+            )
+        frames = len(data) // size
+        rest = data[frames * size :]
         mel = np.frombuffer(data, "<f4", frames * num_mels).reshape(frames, num_mels).T
         finite = np.isfinite(mel).all(axis=0)
-        is_good = bool(finite.all())
-        good = frames if is_good else int(finite.argmin())
-        heard += good
-        sink.write(pcm16(streamer.feed(mel[:, :good])))
-        sink.flush()
-    sink.write(pcm16(streamer.flush()))
-    sink.flush()
-    if not is_good:
-        raise UserError(f"standard input: NaN or infinity after frame {heard}")
-    if rest or not heard:
-        expected = f"each of {num_mels} float32, {num_mels * 4} bytes"
+        good = frames if finite.all() else int(finite.argmin())
+        count += good
+        yield mel[:, :good]
+        if good < frames:
+            raise UserError(f"standard input: NaN or infinity after frame {count}; is it float32?")
+    if rest or not count:
         raise UserError(
-            f"standard input: {heard} frames and {len(rest)} bytes; expected {expected}"
+            f"standard input: {count} frames and {len(rest)} bytes; expected frames of {num_mels} "
+            f"float32 values, {size} bytes each"
         )
 
 
+def checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Passes frames [num_mels, n] on; prints a warning if the first CHECKED_FRAMES look wrong."""
+    first, is_checked = [], False
+    for mel in frames:
+        if not is_checked:
+            first.append(mel)
+            if sum(piece.shape[1] for piece in first) >= CHECKED_FRAMES:
+                is_checked = True
+                if reason := pipe_warning(torch.from_numpy(np.concatenate(first, axis=1))):
+                    say(f"standard input: {reason}")
+        yield mel
+
+
+def vocode_pipe(streamer: Streamer, source: BinaryIO, sink: BinaryIO, max_frames: int) -> None:
+    """Writes the samples of `source`'s frames to `sink` as soon as they are final.
+
+    Each piece takes all frames that arrived during the last one, so that a slow processor computes
+    more at a time.
+
+    Raises:
+        UserError: as `read_frames`; the samples of the frames before the error are written.
+        BrokenPipeError: nobody reads `sink`.
+    """
+    error = None
+    try:
+        for mel in checked(read_frames(source, streamer.num_mels, max_frames)):
+            sink.write(pcm16(streamer.feed(mel)))
+            sink.flush()
+    except UserError as unusable:
+        error = unusable
+    sink.write(pcm16(streamer.flush()))
+    sink.flush()
+    if error is not None:
+        raise error
+
+
 def run_pipe(a: argparse.Namespace) -> int:
-    """Speaks from standard input to standard output; returns the exit status."""
+    """Vocodes standard input to standard output; returns the exit status."""
     if sys.stdin is None or sys.stdin.isatty() or sys.stdout.isatty():
         raise UsageError("--input_mels_dir -: expected a pipe or file as input, and as output")
     sink = sys.stdout.buffer
-    with contextlib.redirect_stdout(sys.stderr):  # the sound has standard output for itself
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the wav alone
         generator, h = start(a)
+        streamer = Streamer(generator)
+        milliseconds = 1000 * streamer.latency * h.hop_size / h.sampling_rate
+        say(f"latency: {streamer.latency} frames, {milliseconds:.0f} ms")
         try:
             sink.write(wav_header(h.sampling_rate))
-            speak(Streamer(generator), sys.stdin.buffer, sink, a.chunk_frames or MOST_FRAMES)
-        except BrokenPipeError:  # as of every tool in a pipe
+            vocode_pipe(streamer, sys.stdin.buffer, sink, a.chunk_frames or MAX_PIPE_FRAMES)
+        except BrokenPipeError:  # ends as every tool in a pipe does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
             return 128 + signal.SIGPIPE
     return 0
@@ -116,8 +168,8 @@ def main() -> int:
     """Vocodes a folder of .npy mels."""
     parser = command_parser(
         "Log-mels to <output_dir>/<name>_generated_e2e.wav for each, PCM 16. With\n"
-        "--input_mels_dir -, frames of raw float32 on standard input, spoken as they come, to a\n"
-        "wav on standard output: tts | python inference_e2e.py --input_mels_dir - ... | aplay",
+        "--input_mels_dir -, raw float32 frames from standard input to a wav on standard\n"
+        "output, while they arrive: tts | python inference_e2e.py --input_mels_dir - ... | aplay",
         example="python inference_e2e.py --input_mels_dir test_mel_files "
         "--checkpoint_file cp_misrnet/g_00500000",
     )
@@ -134,7 +186,7 @@ def main() -> int:
         return run_pipe(a)
     generator, h = start(a)
     jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")
-    say_mel_warning((job.source for job in jobs), h.num_mels)
+    say_mel_warnings(readable_mels((job.source for job in jobs), h.num_mels))
     return vocode_files(generator, h, jobs, partial(read_mel, num_mels=h.num_mels), a)
 
 

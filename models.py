@@ -65,7 +65,7 @@ def conv1d(
 
 def time_padding(conv: nn.Module) -> tuple[int, int]:
     """Returns how many samples, before and after its own, a convolution's output depends on."""
-    return conv.time_padding if isinstance(conv, LookaheadConv1d) else conv.padding * 2
+    return getattr(conv, "time_padding", None) or conv.padding * 2
 
 
 class ResBlock1(nn.Module):
@@ -94,10 +94,14 @@ class ResBlock1(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for conv1, conv2 in zip(self.convs1, self.convs2, strict=True):
+        for conv1, conv2 in self.units():
             hidden = conv1(F.leaky_relu(x, LRELU_SLOPE))
             x = x + conv2(F.leaky_relu_(hidden, LRELU_SLOPE))
         return x
+
+    def units(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Returns the convolutions of each residual unit."""
+        return list(zip(self.convs1, self.convs2, strict=True))
 
 
 class ResBlock2(nn.Module):
@@ -117,9 +121,13 @@ class ResBlock2(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for conv in self.convs:
+        for (conv,) in self.units():
             x = x + conv(F.leaky_relu(x, LRELU_SLOPE))
         return x
+
+    def units(self) -> list[tuple[nn.Module]]:
+        """Returns the convolution of each residual unit."""
+        return [(conv,) for conv in self.convs]
 
 
 RESBLOCKS = {"1": ResBlock1, "2": ResBlock2}
@@ -236,8 +244,8 @@ class TanhHead(nn.Module):
         """Returns the first and the last position of x that samples `first` to `last` need."""
         return first, last
 
-    def next_state(self, *_args) -> None:
-        """There is no state."""
+    def next_state(self, x: torch.Tensor, state: PhaseState | None, frame: int, first: int) -> None:
+        """Returns None: this head keeps no state."""
 
 
 class ISTFTHead(nn.Module):
@@ -271,12 +279,14 @@ class ISTFTHead(nn.Module):
         self, x: torch.Tensor, mel: torch.Tensor, state: PhaseState | None = None
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            log_magnitude, phase = x.chunk(2, dim=1)
-            magnitude, angle = log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase.sin()
-            spectrum = torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
-            ones = torch.ones_like(x[:1, :1])
-            window_sum = self._overlap_add(ones, self.squared_window)
-            return self._overlap_add(spectrum, self.basis) / window_sum
+            window_sum = self._overlap_add(torch.ones_like(x[:1, :1]), self.squared_window)
+            return self._overlap_add(self.to_spectrum(x), self.basis) / window_sum
+
+    def to_spectrum(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the real and imaginary parts of the spectrum, [B, n_fft + 2, F], from x [same]."""
+        log_magnitude, phase = x.chunk(2, dim=1)
+        magnitude, angle = log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase.sin()
+        return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
 
     def _overlap_add(self, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         return F.conv_transpose1d(x, frames, stride=self.hop_size, padding=self.n_fft // 2)
@@ -288,8 +298,8 @@ class ISTFTHead(nn.Module):
         )
         return first - 1, last - 1  # the reflected frame comes first
 
-    def next_state(self, *_args) -> None:
-        """There is no state."""
+    def next_state(self, x: torch.Tensor, state: PhaseState | None, frame: int, first: int) -> None:
+        """Returns None: this head keeps no state."""
 
 
 class Generator(nn.Module):

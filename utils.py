@@ -1,11 +1,15 @@
-"""What every script shares: the command line, files that are whole or absent, jobs."""
+"""The command line, atomic writes and lists of files, for all scripts."""
 
 import argparse
 import atexit
 import errno
+import fcntl
 import functools
+import importlib.metadata
+import itertools
 import multiprocessing
 import os
+import platform
 import re
 import shutil
 import signal
@@ -16,7 +20,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -24,69 +28,43 @@ from tqdm import tqdm
 from distributed import computes_in_bfloat16, rank
 from env import UserError, one_line
 
-
-def provide_caches() -> None:
-    """Gives libraries a temporary folder for their caches where their own cannot be written.
-
-    As in a container that is read-only or has no home: there numba, which librosa uses, would not
-    load, and matplotlib would complain. To be called before either is loaded.
-    """
-    missing = {"NUMBA_CACHE_DIR", "MPLCONFIGDIR"} - os.environ.keys()
-    homes = ("XDG_CACHE_HOME", "~/.cache"), ("XDG_CONFIG_HOME", "~/.config")
-    if not missing or all(_can_make(os.environ.get(k) or os.path.expanduser(d)) for k, d in homes):
-        return
-    try:
-        folder = tempfile.mkdtemp(prefix="misrnet_")
-    except OSError:  # nowhere but in memory, as under `docker run --read-only`
-        folder = tempfile.mkdtemp(prefix="misrnet_", dir="/dev/shm")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ.update(dict.fromkeys(missing, folder))
-
-
-def _can_make(folder: str) -> bool:
-    """Whether a folder is there and writable, or could be made."""
-    while not os.path.lexists(folder) and folder != os.path.dirname(folder):
-        folder = os.path.dirname(folder)  # "" in the end for "~", where there is no home
-    return os.path.isdir(folder) and os.access(folder, os.W_OK)
-
-
-provide_caches()  # here, for whoever imports anything of this repository
+# ------------------------------------------------------------------------------- the command line
 
 
 def command_line(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits with its status.
+    """Runs a script's `main` and exits with the status that it returns.
 
-    A UserError, and want of memory, become one line. Standard output and error may be closed, a
-    service's or a notebook's.
+    A UserError becomes one line on standard error, and so does running out of memory. Standard
+    output and error may be closed or None, as in a service or a notebook.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be valid UTF-8
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except UserError as error:
-        if str(error):  # another process of the run says it
+        if str(error):  # empty if another rank prints it
             _write(f"error: {error}", "stderr")
         sys.exit(error.exit_status)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _write("error: out of memory; a smaller model, batch or file needs less", "stderr")
+        _write("error: out of memory; use a smaller model, batch or file", "stderr")
         sys.exit(UserError.exit_status)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True where no memory was left; on CPUs that is no torch.OutOfMemoryError."""
+    """Returns whether memory ran out. On CPUs, PyTorch raises a plain RuntimeError for that."""
     words = ("allocate memory", "out of memory", "enough memory")
     return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def end_with_parent() -> None:
-    """Lets this process end when the one that spawned it does, even by being killed."""
+    """Ends this worker process when its parent ends, even if the parent is killed."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -96,44 +74,44 @@ def end_with_parent() -> None:
 
 
 def end_cleanly_on_sigterm() -> Callable | int:
-    """Lets SIGTERM, too, unwind the stack, so that temporary files are removed.
+    """Makes SIGTERM unwind the stack, so that temporary files are removed.
 
-    Returns what SIGTERM did before.
+    Returns the previous handler.
     """
     return signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 def say(text: str) -> None:
-    """Prints on the first process, above a progress bar."""
-    if rank() > 0:
-        return
-    _write(text, "stdout")
+    """Prints a line on the first rank, above a progress bar."""
+    if rank() == 0:
+        _write(text, "stdout")
 
 
 def say_if_slow(precision: str, device: torch.device) -> None:
-    """Says on standard error, on the first process, where "bf16" is slower than "fp32" would be."""
+    """Warns on the first rank if bf16 is slower than fp32 on this device."""
     if precision == "bf16" and not computes_in_bfloat16(device) and rank() == 0:
-        _write("--precision bf16: slow, for this processor has no bfloat16; use fp32", "stderr")
+        text = "--precision bf16 is slow: this processor does not support bfloat16; use fp32"
+        _write(text, "stderr")
 
 
 def _write(text: str, name: str) -> None:
-    """Prints to sys.stdout or sys.stderr, above a progress bar, as long as anybody reads it."""
+    """Prints to sys.stdout or sys.stderr, above a progress bar. Ignores a closed or full stream."""
     stream = getattr(sys, name)
-    if stream is None:  # a service's
+    if stream is None:
         return
     try:
         tqdm.write(text, file=stream)
         stream.flush()
-    except (OSError, ValueError):  # a closed pipe, a full disk: no reason to end a run
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+    except (OSError, ValueError):  # a closed pipe or a full disk must not end a run
+        devnull = os.open(os.devnull, os.O_WRONLY)
         try:
-            os.dup2(nowhere, stream.fileno())
-        except (OSError, ValueError):  # closed
-            setattr(sys, name, os.fdopen(nowhere, "w"))
+            os.dup2(devnull, stream.fileno())
+        except (OSError, ValueError):  # the stream itself is closed
+            setattr(sys, name, os.fdopen(devnull, "w"))
 
 
 def boolean(text: str) -> bool:
-    """The command-line word `True` or `False`, in any case."""
+    """Parses the command-line word `True` or `False`, in any case."""
     words = {"true": True, "false": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
@@ -141,62 +119,69 @@ def boolean(text: str) -> bool:
 
 
 def positive(text: str) -> int:
-    """A command-line integer of at least 1."""
+    """Parses a command-line integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of 1 or more, not {text!r}")
     return int(text)
 
 
 def natural(text: str) -> int:
-    """A command-line integer of at least 0."""
+    """Parses a command-line integer of at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected an integer of 0 or more, not {text!r}")
     return int(text)
 
 
-class WriteError(UserError):
-    """A file cannot be written: the disk is full, say, and the next file would fare no better."""
-
-
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of descriptions and examples, and names the defaults that say something."""
+    """Keeps the line breaks of descriptions and appends informative defaults to help texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         is_switch = action.nargs == 0
-        says_something = not (action.required or is_switch or action.default in (None, []))
+        is_informative = not (action.required or is_switch or action.default in (None, []))
         is_named = "(default:" in action.help or action.default is argparse.SUPPRESS
-        if not says_something or is_named:
+        if not is_informative or is_named:
             return action.help
         default = action.default if isinstance(action.default, list) else [action.default]
         return f"{action.help} (default: {' '.join(map(str, default))})"
 
 
 def command_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """A parser whose --help names defaults and ends with `example`, ready to be copied."""
+    """Returns a parser whose --help lists defaults and ends with the command line `example`."""
     return argparse.ArgumentParser(
         description=description, epilog=f"example:\n  {example}", formatter_class=_HelpFormatter
     )
 
 
-@contextmanager
-def temporary_beside(path: str | Path) -> Iterator[Path]:
-    """Yields an empty temporary file beside `path`, to be `put` there; it is gone afterwards.
+# ------------------------------------------------------------------------------------ file output
 
-    Folders are made as needed.
+
+class WriteError(UserError):
+    """A file cannot be written, and the next one would fail too: the disk is full, for example."""
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and renames it to `path` when the block ends.
+
+    `path` holds its old contents or all of the new ones, also after an exception, a kill or a power
+    cut. Missing folders are made.
 
     Raises:
         WriteError: the file cannot be written.
         UserError: its name is too long.
     """
-    path = Path(path)
-    temporary = None
+    path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{path.name[:50]}."  # a name of 255 bytes leaves no room for more
+        prefix = f".{path.name[:50]}."  # names are limited to 255 bytes
         handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+        os.replace(temporary, path)
     except OSError as error:
         kind = UserError if error.errno == errno.ENAMETOOLONG else WriteError
         raise kind(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -205,60 +190,104 @@ def temporary_beside(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def put(temporary: Path, path: str | Path) -> None:
-    """Renames a `temporary_beside` that is written; `path` is whole, also after a power cut."""
-    with open(temporary, "rb+") as written:
-        os.fsync(written.fileno())
-    temporary.chmod(0o666 & ~_umask())  # mkstemp's files are private
-    os.replace(temporary, path)
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and `put`s it there once it is written whole.
-
-    Whatever goes wrong, `path` holds its old contents or all of the new ones.
-
-    Raises:
-        WriteError, UserError: as `temporary_beside`.
-    """
-    with temporary_beside(path) as temporary:
-        yield temporary
-        put(temporary, path)
-
-
-def remove_temporary_files(folder: str | Path) -> None:
-    """Removes what a killed run has left of `atomic_write` its own files in `folder`; no other's."""
-    for path in Path(folder).glob(".*.tmp"):
-        if re.fullmatch(r"\.((g|do)_\d{8,}|config\.json)\.\w+\.tmp", path.name):
-            path.unlink(missing_ok=True)
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def find_files(folder: str | Path) -> list[Path]:
-    """All files in `folder`, in depth and sorted. Links are followed, but never round in circles.
+def remove_temporary_files(folder: str | Path) -> None:
+    """Removes the temporary files of checkpoints and config.json that a killed run left."""
+    for path in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(r"\.((g|do)_\d{8,}|config\.json)\.\w+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
-    A link that leads nowhere counts as a file, for its reader to name. Folders that cannot be read
-    are named and passed over.
+
+# --------------------------------------------------------------------------------- numba's cache
+
+
+@functools.cache
+def use_own_numba_cache() -> None:
+    """Gives numba a cache folder that no other process and no other version writes to.
+
+    numba's cache is not safe for concurrent writers: a process that reads what two others wrote at
+    once can crash with a segmentation fault, each time from then on. So each process locks one
+    folder of ~/.cache/misrnet/<versions>/0, 1, ... for its lifetime. A folder with a truncated file
+    is emptied. Without a writable home, the folder is temporary. NUMBA_CACHE_DIR of the user wins.
+
+    Call it before librosa or numba is used.
+
+    Raises:
+        UserError: neither the home nor a temporary folder is writable.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "misrnet"
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if chosen and root not in Path(chosen).parents:  # the parent process may have set its own
+        return
+    packages = [f"{name}-{importlib.metadata.version(name)}" for name in ("numba", "librosa")]
+    versions = "_".join([f"python-{platform.python_version()}", *packages])
+    try:
+        folder = _lock_free_folder(root / versions)
+    except OSError:
+        folder = _temporary_folder()
+    os.environ["NUMBA_CACHE_DIR"] = str(folder)
+
+
+_locks: list[BinaryIO] = []  # closed, and so released, when the process ends
+
+
+def _lock_free_folder(parent: Path) -> Path:
+    """Locks and returns the first of the folders 0, 1, ... in `parent` that is free."""
+    for number in itertools.count():
+        folder = parent / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "wb")  # noqa: SIM115  (held until the process ends)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        _locks.append(lock)
+        if not all(path.read_bytes().endswith(b".") for path in folder.rglob("*.nb[ci]")):
+            for each in folder.glob("*/"):  # a pickle ends with its STOP code, "."
+                shutil.rmtree(each)
+        return folder
+
+
+def _temporary_folder() -> Path:
+    """Returns a new temporary folder, which is removed when the process ends."""
+    try:
+        folder = tempfile.mkdtemp(prefix="misrnet_")
+    except OSError as error:
+        raise UserError(
+            f"no folder for numba's cache ({error.strerror}); set NUMBA_CACHE_DIR to a writable one"
+        ) from None
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+# ------------------------------------------------------------------------------------- file input
+
+
+def find_files(folder: str | Path) -> list[Path]:
+    """Returns all files in `folder` and its subfolders, sorted.
+
+    Links to folders are followed, except in a circle. A broken link counts as a file, so that its
+    reader names it. Folders that cannot be read are named and left out.
     """
     files = []
 
-    def search(folder: str, around: frozenset[tuple[int, int]]) -> None:
+    def search(folder: str, parents: frozenset[tuple[int, int]]) -> None:
         try:
-            facts = os.stat(folder)
+            status = os.stat(folder)
             entries = [entry.path for entry in os.scandir(folder)]
         except OSError as error:
-            say(one_line(f"{folder}: passed over, cannot be read ({error.strerror})"))
+            say(one_line(f"{folder}: left out, cannot be read ({error.strerror})"))
             return
-        here = (facts.st_dev, facts.st_ino)
-        for path in entries if here not in around else ():
+        here = (status.st_dev, status.st_ino)
+        for path in entries if here not in parents else ():
             if os.path.isdir(path):
-                search(path, around | {here})
+                search(path, parents | {here})
             elif os.path.isfile(path) or not os.path.exists(path):
                 files.append(Path(path))
 
@@ -267,44 +296,29 @@ def find_files(folder: str | Path) -> list[Path]:
 
 
 def find_file(folder: str | Path, name: str, extensions: tuple[str, ...]) -> str | None:
-    """The file `name` in `folder`, given with or without one of `extensions`: its name as it is.
+    """Returns the name of the file `name` in `folder`, or None if there is none.
 
-    Extensions may be in any case, and accents be composed (é) or, as on Macs, not (e and an
-    accent). The first of the extensions is taken; None where there is none.
+    `name` may lack its extension, which is one of `extensions` in lower or upper case; the first
+    that exists is taken. Accents may be composed (NFC) or decomposed (NFD, as on Macs).
     """
     endings = (*extensions, *map(str.upper, extensions))
     if name.lower().endswith(extensions):
-        endings += ("",)
-    for ending in endings:
-        if os.path.isfile(os.path.join(folder, name + ending)):
-            return name + ending
-    *parents, last = name.split("/")
-    found = "/" if name.startswith("/") else ""
-    for part in parents:
-        names = _names(os.path.join(folder, found))
-        found = os.path.join(found, names.get(_composed(part), part))
-    names = _names(os.path.join(folder, found))
-    files = (os.path.join(found, names.get(_composed(last + ending), "")) for ending in endings)
-    return next((file for file in files if os.path.isfile(os.path.join(folder, file))), None)
+        endings = ("", *endings)
+    spellings = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    names = (f"{spelling}{ending}" for spelling in spellings for ending in endings)
+    return next((each for each in names if os.path.isfile(os.path.join(folder, each))), None)
 
 
-@functools.lru_cache(maxsize=1000)
-def _names(folder: str) -> dict[str, str]:
-    """The names in a folder, by their composed form; none where it cannot be read."""
-    try:
-        return {_composed(name): name for name in sorted(os.listdir(folder))}
-    except (OSError, ValueError):
-        return {}
+def composed(name: str) -> str:
+    """Returns `name` with composed accents (NFC), for comparing names of files."""
+    return unicodedata.normalize("NFC", name)
 
 
-def _composed(name: str) -> str:
-    """One form for all that differ in the composition of accents or in the extension's case."""
-    stem, extension = os.path.splitext(name)
-    return unicodedata.normalize("NFC", stem) + extension.lower()
+# ------------------------------------------------------------------------------------------- jobs
 
 
 class Job(NamedTuple):
-    """A file to read and the file to make of it."""
+    """A file to read and the file to write."""
 
     source: Path
     output: Path
@@ -313,22 +327,34 @@ class Job(NamedTuple):
 def plan_outputs(
     inputs: str | Path, extensions: tuple[str, ...], output_dir: str | Path, ending: str
 ) -> list[Job]:
-    """Pairs each file of `inputs` with the file to make of it: `<output_dir>/<name><ending>`.
+    """Pairs each file of `inputs` with an output, `<output_dir>/<subfolders>/<name><ending>`.
 
-    `inputs` is one file, or a folder, which is searched in depth, links too, and whose structure is
-    kept.
-    Files with other extensions are counted and passed over, and so is what an earlier run has
-    written to an `output_dir` inside `inputs`.
+    `inputs` is one file, or a folder, which is searched with its subfolders. Files with other
+    extensions are counted and left out, and so are outputs of an earlier run.
 
     Raises:
-        UserError: nothing to do, two inputs that would make the same output, or one that would be
-            written elsewhere, through a link.
+        UserError: there are no files, two have the same output, or a link leads out of
+            `output_dir`.
     """
     inputs, output_dir = Path(inputs), Path(output_dir)
-    if os.path.isfile(inputs):  # Path.is_file raises where a name is too long
+    if os.path.isfile(inputs):  # Path.is_file raises an error for a name that is too long
         return [Job(inputs, output_dir / f"{inputs.stem}{ending}")]
     if not os.path.isdir(inputs):
         raise UserError(f"{inputs}: no such file or folder")
+    sources = {}
+    for source in _input_files(inputs, extensions, output_dir, ending):
+        output = output_dir / source.relative_to(inputs).with_name(f"{source.stem}{ending}")
+        if output in sources:
+            raise UserError(f"{sources[output]} and {source} would both be written to {output}")
+        check_inside(output_dir, output)
+        sources[output] = source
+    return [Job(source, output) for output, source in sources.items()]
+
+
+def _input_files(
+    inputs: Path, extensions: tuple[str, ...], output_dir: Path, ending: str
+) -> list[Path]:
+    """Returns the files of the folder `inputs` to read. Raises UserError if there are none."""
     files = find_files(inputs)
     target = output_dir.resolve()
     if target == inputs.resolve() or inputs.resolve() in target.parents:
@@ -337,39 +363,31 @@ def plan_outputs(
         ]
     chosen = [path for path in files if path.suffix.lower() in extensions]
     if len(chosen) < len(files):
-        others = len(files) - len(chosen)
-        passed = f"{inputs}: {others} files passed over, none of {', '.join(extensions)}"
-        say(one_line(passed))
+        others = f"{len(files) - len(chosen)} files left out, none of {', '.join(extensions)}"
+        say(one_line(f"{inputs}: {others}"))
     if not chosen:
         raise UserError(f"{inputs}: no files with an extension of {', '.join(extensions)}")
-    makers = {}
-    for path in chosen:
-        output = output_dir / path.relative_to(inputs).with_name(f"{path.stem}{ending}")
-        if output in makers:
-            raise UserError(f"{makers[output]} and {path} would both be written to {output}")
-        check_inside(output_dir, output)
-        makers[output] = path
-    return [Job(path, output) for output, path in makers.items()]
+    return chosen
 
 
 def check_inside(folder: Path, path: Path) -> None:
-    """Raises UserError where a link in `folder` would let `path` be written outside of it."""
+    """Raises UserError if a link in `folder` makes `path` lie outside of it."""
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path.parent}: a link that leads out of {folder}; choose another folder")
 
 
 class FileProgress:
-    """Counts the files of a command that goes on where one of them must be skipped.
+    """The progress of a command that processes files and skips those that raise a UserError.
 
-        with FileProgress(len(jobs), output_dir) as tally:
+        with FileProgress(len(jobs), output_dir) as progress:
             for job in jobs:
-                with tally.skipping():      # a UserError inside is said, and the next file follows
+                with progress.skipping():    # a UserError inside is printed; the loop continues
                     ...
-                    tally.written()
-        return tally.status             # 0, or 1 where any was skipped
+                    progress.written()
+        return progress.status    # 0, or 1 if a file was skipped
 
-    A WriteError ends the command: the next file would fare no better. SIGTERM, too, unwinds the
-    stack, so that temporary files are removed.
+    A WriteError ends the command, because the next file would fail too. SIGTERM unwinds the stack,
+    so that temporary files are removed.
     """
 
     def __init__(self, files: int, folder: str | Path):
@@ -394,7 +412,7 @@ class FileProgress:
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
-        """For the work on one file."""
+        """Prints a UserError raised while one file is processed, and counts the file as skipped."""
         try:
             yield
         except WriteError:
@@ -405,5 +423,5 @@ class FileProgress:
             _write(f"skipped: {error}", "stderr")
 
     def written(self) -> None:
-        """Counts a file that is done."""
+        """Counts a file as written."""
         self.bar.update()

@@ -28,7 +28,14 @@ from env import Config, UserError, load_config
 from evaluation.plots import plot_spectrogram
 from inference import Streamer, load_generator
 from meldataset import LogMelSpectrogram, mel_filterbank, mel_of_stretch
-from utils import command_line, command_parser, is_out_of_memory, natural, say
+from utils import (
+    command_line,
+    command_parser,
+    is_out_of_memory,
+    natural,
+    say,
+    use_own_numba_cache,
+)
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is told to anybody
 
@@ -72,6 +79,7 @@ def griffin_lim(mel: torch.Tensor, h: Config) -> torch.Tensor:
     filterbank = mel_filterbank(h, h.fmax).numpy()
     magnitude = np.maximum(0, np.linalg.pinv(filterbank) @ mel.exp().numpy())
     sizes = {"n_fft": h.n_fft, "hop_length": h.hop_size, "win_length": h.win_size}
+    use_own_numba_cache()
     wav = librosa.griffinlim(magnitude, n_iter=ITERATIONS, center=False, random_state=0, **sizes)
     padding = (h.n_fft - h.hop_size) // 2  # as LogMelSpectrogram's
     return torch.from_numpy(wav[padding:][: mel.shape[1] * h.hop_size]).clamp(-1, 1)

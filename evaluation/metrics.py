@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from env import Config
 from meldataset import LogMelSpectrogram
+from utils import use_own_numba_cache
 
 SIDES = ("reference", "generated")
 SILENT_PEAK = 2**-15  # less than the smallest step of 16-bit audio
@@ -59,6 +60,7 @@ class Pair:
     """
 
     def __init__(self, reference: torch.Tensor, generated: torch.Tensor, h: Config):
+        use_own_numba_cache()  # for librosa and mel_cepstral_distance
         for wav in (reference, generated):
             if wav.dim() != 1:
                 raise ValueError(f"waveform of shape {list(wav.shape)}: expected [N]")

@@ -96,7 +96,10 @@ def _clip(
     """A row: writes the sounds and pictures of a clip, and returns its HTML."""
     paths = {name: found["paths"]["generated"] for name, found in file["systems"].items()}
     paths[RECORDINGS] = next(iter(file["systems"].values()))["paths"]["reference"]
-    wavs = {name: load_wav(path, h.sampling_rate, h.hop_size) for name, path in paths.items()}
+    wavs = {
+        name: load_wav(path, h.sampling_rate, h.hop_size, min_peak=0)
+        for name, path in paths.items()
+    }
     mels = {name: log_mel(wav[None])[0].numpy() for name, wav in wavs.items()}
     longest = max(mel.shape[1] for mel in mels.values())
     values = {name: found["values"] for name, found in file["systems"].items()}

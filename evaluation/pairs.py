@@ -114,7 +114,7 @@ def _by_name(folder: Path, given: set[Path]) -> dict[str, Path]:
 def load_pair(files: FilePair, h: Config) -> dict[str, torch.Tensor]:
     """Both waveforms [N], by SIDES; raises UserError as `load_wav` does."""
     return {
-        side: load_wav(getattr(files, side), h.sampling_rate, min_samples=h.hop_size)
+        side: load_wav(getattr(files, side), h.sampling_rate, min_samples=h.hop_size, min_peak=0)
         for side in SIDES
     }
 

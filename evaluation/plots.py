@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from env import Config, band_edges
+from env import Config
 from evaluation.metrics import SIDES, Pair
+from meldataset import band_edges
 
 PICTURED_LOG_MELS = (-11.5, 2.0)  # one scale, so that pictures compare: silence to loud speech
 PICTURED_DIFFERENCE = 3.0  # of log-mels, either way

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from checkpoint import write_checkpoint
 from env import UserError
 from inference import load_generator
-from utils import command_line, command_parser, put, temporary_beside
+from utils import atomic_write, command_line, command_parser
 
 
 def main() -> None:
@@ -34,9 +34,8 @@ def main() -> None:
         raise UserError(f"{kept}: of another generator; name another --output_dir")
     weights = {key: value.half() for key, value in generator.state_dict().items()}
     path = a.output_dir / a.checkpoint_file.name
-    with temporary_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         write_checkpoint(temporary, {"generator": weights}, path)
-        put(temporary, path)
     shutil.copy(config, kept)
     sizes = [file.stat().st_size / 1e6 for file in (a.checkpoint_file, path)]
     print(f"{path}: {sizes[1]:.1f} MB, {sizes[0]:.1f} MB before")

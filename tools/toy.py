@@ -1,4 +1,4 @@
-"""A toy config and a small corpus of made-up speech, for the tests and for tools/stress/."""
+"""A toy config and a small corpus of synthetic speech, for the tests and tools/stress/."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from checkpoint import write_checkpoint
 from env import Config, load_config
 
 ROOT = Path(__file__).parent.parent
-# One training step takes a few hundredths of a second with these.
+# A training step of this size takes a few hundredths of a second.
 TOY = {
     "upsample_initial_channel": 16,
     "discriminator_channel_mult": 0.01,
@@ -19,29 +19,29 @@ TOY = {
     "batch_size": 2,
     "num_workers": 0,
 }
-NULLS = ("fmax", "fmax_for_loss", "discriminator_train_start_steps")  # for which null is a value
+NULLABLE = ("fmax", "fmax_for_loss", "discriminator_train_start_steps")  # null is a value of these
 
 
 def toy_values(config: str = "config_v2.json", **changes) -> dict:
-    """The JSON values of a shipped config at toy size."""
+    """Returns the JSON values of a shipped config at toy size."""
     return json.loads((ROOT / config).read_text()) | TOY | changes
 
 
 def toy_config(tmp_path: Path, config: str = "config_v2.json", **changes) -> Config:
-    """A shipped config at toy size, read from a file."""
+    """Writes a shipped config at toy size to a file in `tmp_path`, and loads it."""
     return load_config(write_config(tmp_path / "toy.json", config, **changes))
 
 
 def write_config(path: Path, config: str = "config_v2.json", **changes) -> Path:
-    """Writes a shipped config at toy size; a change to None drops the key, where null is none."""
+    """Writes a shipped config at toy size. A change to None removes the key, unless it is nullable."""
     values = toy_values(config, **changes)
-    kept = {k: v for k, v in values.items() if v is not None or k in NULLS}
+    kept = {k: v for k, v in values.items() if v is not None or k in NULLABLE}
     path.write_text(json.dumps(kept))
     return path
 
 
 def speech_like(seconds: float, sampling_rate: int = 22050, seed: int = 0) -> np.ndarray:
-    """A gliding harmonic tone with pauses and a little noise, [N] in [-1, 1]."""
+    """Returns a gliding harmonic tone with pauses and a little noise, [N] in [-1, 1]."""
     random = np.random.default_rng(seed)
     time = np.arange(int(seconds * sampling_rate)) / sampling_rate
     pitch = 120 + 40 * random.random() + 20 * np.sin(2 * np.pi * 1.5 * time + random.random())
@@ -53,7 +53,7 @@ def speech_like(seconds: float, sampling_rate: int = 22050, seed: int = 0) -> np
 
 
 def make_corpus(folder: Path, clips: int = 7) -> Path:
-    """Fills `folder` with wavs/, training.txt and, of the last two clips, validation.txt."""
+    """Writes wavs/, training.txt and validation.txt, with the last two clips, to `folder`."""
     (folder / "wavs").mkdir()
     names = [f"clip{i}" for i in range(clips)]
     for i, name in enumerate(names):
@@ -65,7 +65,7 @@ def make_corpus(folder: Path, clips: int = 7) -> Path:
 
 
 def corpus_arguments(corpus: Path) -> list[str]:
-    """train.py's flags for `corpus`, on the CPU."""
+    """Returns the flags with which train.py uses `corpus`, on the CPU."""
     return [
         *("--input_wavs_dir", str(corpus / "wavs")),
         *("--input_training_file", str(corpus / "training.txt")),
@@ -75,7 +75,7 @@ def corpus_arguments(corpus: Path) -> list[str]:
 
 
 def run_main(module, *arguments) -> int:
-    """Runs a script's main with command-line arguments, in this process; returns its status."""
+    """Runs a script's main in this process with command-line arguments, and returns its status."""
     saved = sys.argv
     sys.argv = [f"{module.__name__}.py", *map(str, arguments)]
     try:
@@ -85,5 +85,5 @@ def run_main(module, *arguments) -> int:
 
 
 def save_checkpoint(path: Path, contents: dict) -> None:
-    """A checkpoint file of tensors and plain types."""
+    """Writes a checkpoint file of tensors and plain types."""
     write_checkpoint(path, contents, path)
