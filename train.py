@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from audio import mel_warning
 from checkpoint import (
     NEVER,
     State,
@@ -51,9 +50,9 @@ from distributed import (
     sum_over_processes,
     world_size,
 )
-from env import Config, UsageError, UserError, load_config, one_line
+from env import Config, UsageError, UserError, load_config
 from losses import LOSSES, Loss, discriminator_loss, feature_loss, generator_loss, weighted_sum
-from meldataset import MelDataset, ResumableBatchSampler
+from meldataset import MelDataset, ResumableBatchSampler, check_pairs
 from monitor import Monitor, describe
 from muon import MUON_LR_SCALE, Muon
 from utils import (
@@ -190,8 +189,8 @@ def read_data(a: argparse.Namespace, h: Config) -> tuple[MelDataset, MelDataset]
         validation.whole(index)
     if not len(validation):
         say(f"{a.input_validation_file}: no clips, so no validation")
-    if a.fine_tuning and (reason := mel_warning(clips.whole(0)[0])):
-        say(one_line(f"{clips.mel_path(0)}: {reason}"))
+    if a.fine_tuning and rank() == 0:
+        check_pairs(clips)
     return clips, validation
 
 
@@ -223,7 +222,9 @@ def training_batches(clips: MelDataset, state: State) -> Iterator[list[torch.Ten
         if h.num_workers > 0:  # they send batches through sockets in a temporary folder
             if len(os.fsencode(tempfile.gettempdir())) > MAX_TMPDIR_BYTES:
                 tempfile.tempdir = "/tmp"
-            multiprocessing.util.get_temp_dir()  # fails here rather than in a worker, unnoticed
+            # Both fail here rather than in a worker or halfway, where PyTorch prints tracebacks.
+            multiprocessing.util.get_temp_dir()
+            multiprocessing.Lock()
         batches = iter(loader)
     except OSError as error:
         reason = f"data workers cannot be started ({error.strerror or error})"

@@ -279,6 +279,8 @@ CHANGES = {
     "num_workers": 1,
     "lambda_mel": 10,
     "lambda_feature": 1,
+    "lambda_f0": 50,
+    "lambda_aperiodicity": 50,
     "discriminator_train_start_steps": 2,
     "fmax_for_loss": 8000,
     "n_ffts_for_loss": [512, 1024],

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts
 from checkpoint import NEVER, State, build_state
 from distributed import select_device
 from env import Config, load_config
-from loop import count_update
 from meldataset import LogMelSpectrogram
 from tools.toy import write_config
 from train import set_learning_rate, training_step
@@ -49,7 +48,7 @@ def soak(state: State, steps: int, interval: int) -> list[tuple[int, int]]:
     while state.steps < steps:
         set_learning_rate(state)
         losses = training_step(state, *random_batch(state.h, log_mel))
-        count_update(state, losses, STEPS_PER_EPOCH)
+        state.count_update(losses, STEPS_PER_EPOCH)
         if state.steps % interval == 0:
             seen.append((state.steps, resident_bytes()))
             named = ", ".join(f"{name} {float(loss):.3f}" for name, loss in losses.items())
