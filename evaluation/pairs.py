@@ -1,6 +1,6 @@
 """Pairs of a recording and the speech generated from it: files by name, and the delay between them.
 
-    recordings/a/b.flac and generated/a/b_generated.wav form the pair "a/b".
+recordings/a/b.flac and generated/a/b_generated.wav form the pair "a/b".
 """
 
 import os

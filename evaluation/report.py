@@ -290,7 +290,10 @@ def describe_files(report: dict, system: str) -> str:
         (pairs, f"{pairs} pairs"),
         (len(files) - pairs, f"{len(files) - pairs} files without a recording"),
         (resampled, f"{resampled} of them resampled"),
-        (any(cuts), f"{sum(map(bool, cuts))} cut to the shorter by at most {max(cuts, default=0)}"),
+        (
+            any(cuts),
+            f"{sum(map(bool, cuts))} cut to the shorter by at most {max(cuts, default=0)} samples",
+        ),
         (skipped, f"{skipped} skipped"),
     ]
     said = ", ".join(text for is_said, text in parts if is_said) or "no files"
