@@ -24,7 +24,7 @@ import soundfile
 from tqdm import tqdm
 
 from env import Config, UsageError, UserError, load_config
-from evaluation.metrics import METRICS, SIDES, Pair, measure
+from evaluation.metrics import METRICS, SIDES, Metric, Pair, measure
 from evaluation.page import check_page, write_page
 from evaluation.pairs import (
     DELAY_CLIPS,
@@ -191,7 +191,9 @@ def find_delays(
     return delays
 
 
-def measure_files(files: FilePair, h: Config, delays: dict[str, int]) -> FileResult:
+def measure_files(
+    files: FilePair, h: Config, metrics: list[Metric], delays: dict[str, int]
+) -> FileResult:
     """Measures two files, or one without a reference by the metrics that need none.
 
     `delays` has the samples by which each system lags; they are cut off.
@@ -206,7 +208,7 @@ def measure_files(files: FilePair, h: Config, delays: dict[str, int]) -> FileRes
     samples = len(pair.wavs[0])
     return replace(
         result,
-        **vars(measure(pair, [m for m in METRICS if files.reference or not m.needs_reference])),
+        **vars(measure(pair, [m for m in metrics if files.reference or not m.needs_reference])),
         sampling_rates={
             side: soundfile.info(os.fsencode(path)).samplerate for side, path in files.paths.items()
         },
@@ -229,7 +231,8 @@ def measure_all(
     recordings = {each.name: each.reference for each in files if each.reference}
     if not all(metric.needs_reference for metric in METRICS):
         files += [FilePair(name, None, path, RECORDINGS) for name, path in recordings.items()]
-    found = parallel_map(partial(measure_files, h=h, delays=delays), files, crashed)
+    work = partial(measure_files, h=h, metrics=METRICS, delays=delays)
+    found = parallel_map(work, files, crashed)
     results, errors = [], set()
     for result in tqdm(found, total=len(files), unit="file", disable=None):
         # The error of a recording was printed with its pair.

@@ -112,7 +112,7 @@ def pair_files(
             one, other = (generated[each] for each in found[:2])
             raise UserError(f"{one} and {other} are both named after {path}; keep one")
         pairs += [FilePair(name, path, generated[each], system) for each in found]
-        used |= {*found, path}
+        used |= {*found, path} if found else set()
     if not pairs:
         raise UserError(
             f"{generated_dir}: no audio file is named as one in {reference_dir}; expected <name> "
