@@ -21,7 +21,6 @@ from inference import load_generator, synthesize
 from meldataset import LogMelSpectrogram
 from models import Generator
 from tests.conftest import new_checkpoint, random_mel
-from tools import convert
 from tools import hifigan_reference as textbook
 from tools.hifigan_reference import weight_norm
 from tools.toy import ROOT, run_main, save_checkpoint, toy_config, write_config
@@ -332,27 +331,6 @@ def test_folded_weights_of_any_value_are_taken_as_they_are(value):
     load_weights(normed, folded.state_dict(), "g")
     direction = normed[0].parametrizations.weight.original1
     torch.testing.assert_close(direction, folded[0].weight, equal_nan=True)
-
-
-def test_a_file_is_not_converted_onto_itself(tmp_path):
-    path = new_checkpoint(tmp_path)
-    before, folder = path.read_bytes(), f"{tmp_path}/../{tmp_path.name}"
-    with pytest.raises(UserError, match="name another folder"):
-        run_main(convert, "--checkpoint_file", path, "--output_dir", folder)
-    assert path.read_bytes() == before
-
-
-def test_a_file_is_not_converted_into_a_folder_of_another_generator(tmp_path):
-    first = new_checkpoint(tmp_path / "first")
-    second = new_checkpoint(tmp_path / "second", resblock_num=2)
-    (tmp_path / "shipped").mkdir()
-    flags = ("--output_dir", tmp_path / "shipped")
-    for _ in range(2):
-        run_main(convert, "--checkpoint_file", first, *flags)
-    (tmp_path / "shipped/g_00000001").unlink()
-    with pytest.raises(UserError, match=r"shipped/config\.json: of another generator; name"):
-        run_main(convert, "--checkpoint_file", second, *flags)
-    assert [path.name for path in (tmp_path / "shipped").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("std", [0.003, 0.1, 3.0])
