@@ -25,12 +25,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from audio import load_wav, write_wav
+from demo.server import port
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
 from evaluation.plots import plot_spectrogram
 from inference import Streamer, load_generator
 from meldataset import LogMelSpectrogram, mel_filterbank, mel_of_stretch
-from utils import command_line, command_parser, is_out_of_memory, natural, say
+from utils import command_line, command_parser, is_out_of_memory, say
 
 ROOT = Path(__file__).parents[1]
 PRETRAINED = sorted(ROOT.glob("pretrained/*/g_*"))
@@ -199,14 +200,6 @@ def build(vocoders: dict[str, Vocoder]):
         parts = [part for slot in slots for part in slot]
         button.click(on_click, [file, names, level, precision], parts)
     return page
-
-
-def port(text: str) -> int:
-    """Returns a port number given on the command line."""
-    number = natural(text)
-    if number > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, not {text}")
-    return number
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ CLIPS = sorted(ROOT.glob("pretrained/samples/**/*.flac"))[:4]  # recordings
 PAGE = Path(__file__).with_name("server.html")
 HOST = "127.0.0.1"
 OWN_HOSTS = (HOST, "localhost", None)  # of pages that may open the WebSocket; None: no page
+QUEUED_MESSAGES = 256  # of a connection; a client that sends faster must wait
 INVALID_DATA = 1007  # WebSocket close code, RFC 6455, section 7.4.1
 
 
@@ -77,18 +78,22 @@ class Server:
         from websockets.exceptions import ConnectionClosed
 
         streamer, loop = Streamer(self.generator), asyncio.get_running_loop()
-        with contextlib.suppress(ConnectionClosed):
+        queue = asyncio.Queue(maxsize=QUEUED_MESSAGES)
+        reader = loop.create_task(read(connection, queue))
+        try:
             await connection.send(json.dumps(self.hello))
-            async for message in connection:
-                try:
-                    pcm = await loop.run_in_executor(self.worker, answer, streamer, message)
-                except ClientError as error:
-                    await connection.close(INVALID_DATA, str(error))
-                    return
+            while (messages := await take_pending(queue)) and messages[-1] is not None:
+                pcm = await loop.run_in_executor(self.worker, answer, streamer, messages)
                 if pcm:
                     await connection.send(pcm)
-                if message == "end":
+                if messages[-1] == "end":
                     await connection.send("end")
+        except ClientError as error:
+            await connection.close(INVALID_DATA, str(error))
+        except ConnectionClosed:
+            pass
+        finally:
+            reader.cancel()
 
     def respond(self, connection, request):
         """Returns the HTTP response for the page and its clips, None for the WebSocket."""
@@ -148,23 +153,52 @@ def latency_samples(generator: Generator) -> int:
             return fed * generator.hop_size - given
 
 
-def answer(streamer: Streamer, message: str | bytes) -> bytes:
-    """Returns the 16-bit PCM samples that become final with a client's message.
+async def read(connection, queue: asyncio.Queue) -> None:
+    """Puts the messages of a connection into `queue`, and None when it is closed."""
+    from websockets.exceptions import ConnectionClosed
+
+    with contextlib.suppress(ConnectionClosed):
+        async for message in connection:
+            await queue.put(message)
+    await queue.put(None)
+
+
+async def take_pending(queue: asyncio.Queue) -> list[str | bytes | None]:
+    """Waits for a message; returns it with all that follow it already, up to an "end" or None.
+
+    A server that falls behind catches up, since many frames at a time take less than one by one.
+    """
+    messages = [await queue.get()]
+    while messages[-1] not in ("end", None) and not queue.empty():
+        messages.append(queue.get_nowait())
+    return messages
+
+
+def answer(streamer: Streamer, messages: list[str | bytes]) -> bytes:
+    """Returns the 16-bit PCM samples that become final with a client's messages.
 
     Raises:
         ClientError: another text than "end", no whole frames, or values that are not finite.
     """
-    if message == "end":
-        return to_pcm(streamer.flush())
     num_mels = streamer.generator.conv_pre.in_channels
+    pieces = [to_frames(message, num_mels) for message in messages if message != "end"]
+    mel = torch.from_numpy(np.concatenate([np.zeros((0, num_mels), np.float32), *pieces]).T)
+    try:
+        return to_pcm(streamer.flush(mel) if messages[-1] == "end" else streamer.feed(mel))
+    except ValueError as error:
+        raise ClientError(str(error)) from None
+
+
+def to_frames(message: str | bytes, num_mels: int) -> np.ndarray:
+    """Returns the frames [n, num_mels] of a binary message.
+
+    Raises:
+        ClientError: text, or no whole number of frames.
+    """
     if isinstance(message, str) or not message or len(message) % (4 * num_mels):
         size = f"{len(message)} bytes" if isinstance(message, bytes) else "other text"
         raise ClientError(f'expected "end" or float32 frames of {4 * num_mels} bytes, not {size}')
-    frames = np.frombuffer(message, "<f4").reshape(-1, num_mels).astype(np.float32)
-    try:
-        return to_pcm(streamer.feed(torch.from_numpy(frames.T)))
-    except ValueError as error:
-        raise ClientError(str(error)) from None
+    return np.frombuffer(message, "<f4").reshape(-1, num_mels).astype(np.float32)
 
 
 def to_pcm(wav: torch.Tensor) -> bytes:
