@@ -21,7 +21,6 @@ from inference import load_generator, synthesize
 from meldataset import LogMelSpectrogram
 from models import Generator
 from tests.conftest import new_checkpoint, random_mel
-from tools import convert
 from tools import hifigan_reference as textbook
 from tools.hifigan_reference import weight_norm
 from tools.toy import ROOT, run_main, save_checkpoint, toy_config, write_config
@@ -331,21 +330,6 @@ def test_weights_that_are_zero_or_not_finite_are_kept(value):
     load_weights(normed, folded.state_dict(), "g")
     direction = normed[0].parametrizations.weight.original1
     torch.testing.assert_close(direction, folded[0].weight, equal_nan=True)
-
-
-def test_a_conversion_overwrites_neither_its_source_nor_another_generators_config(tmp_path):
-    first = new_checkpoint(tmp_path / "first")
-    second = new_checkpoint(tmp_path / "second", resblock_num=2)
-    before, shipped = first.read_bytes(), tmp_path / "shipped"
-    with pytest.raises(UserError, match="name another folder"):
-        run_main(convert, "--checkpoint_file", first, "--output_dir", f"{tmp_path}/second/../first")
-    assert first.read_bytes() == before
-    for _ in range(2):
-        run_main(convert, "--checkpoint_file", first, "--output_dir", shipped)
-    (shipped / "g_00000001").unlink()
-    with pytest.raises(UserError, match=r"shipped/config\.json: of another generator; name"):
-        run_main(convert, "--checkpoint_file", second, "--output_dir", shipped)
-    assert [path.name for path in shipped.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("std", [0.003, 3.0])
