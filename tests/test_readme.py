@@ -25,6 +25,7 @@ import inference_e2e
 import train
 from checkpoint import build_state, save
 from env import Config, UserError, load_config
+from inference import Streamer, load_generator
 from models import Generator
 from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, toy_values, write_config
 from weights import to_hifigan_names
@@ -249,6 +250,21 @@ def test_the_links_of_a_page_lead_somewhere(name):
         assert not anchor or anchor in anchors(path.read_text()), link
 
 
+# --- Figures that follow from the code
+
+LATENCIES = re.findall(
+    r"^\| \[.*?\]\((pretrained/\w+)\) \|.*?([\d,]+) ms", TEXTS["README.md"], flags=re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("name", "milliseconds"), LATENCIES)
+def test_the_latency_in_the_readme_is_that_of_a_stream(name, milliseconds):
+    (file,) = (ROOT / name).glob("g_*")
+    generator, h = load_generator(file)
+    latency = 1000 * Streamer(generator).latency * h.hop_size / h.sampling_rate
+    assert round(latency) == int(milliseconds.replace(",", ""))
+
+
 # --- Configs
 
 KEYS = {
@@ -384,7 +400,7 @@ TROUBLES = [
 
 
 def test_the_pages_have_what_is_tested():
-    assert all((RUN, INLINE, SNIPPETS, KEYS, REFUSALS))
+    assert all((RUN, INLINE, SNIPPETS, LATENCIES, KEYS, REFUSALS))
     assert len(TROUBLES) >= len(MISTAKES)
 
 
