@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import contextlib
 import http
-import itertools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ from audio import load_wav
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError
 from inference import Streamer, load_generator
-from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
+from meldataset import LogMelSpectrogram
 from models import Generator
 from utils import command_line, command_parser, natural, say
 
@@ -66,11 +65,12 @@ class Server:
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
 
     def __post_init__(self) -> None:
+        latency = Streamer(self.generator).latency * self.h.hop_size  # samples
         self.hello = {
             "sampling_rate": self.h.sampling_rate,
             "hop_size": self.h.hop_size,
             "num_mels": self.h.num_mels,
-            "latency_ms": 1000 * latency_samples(self.generator) / self.h.sampling_rate,
+            "latency_ms": 1000 * latency / self.h.sampling_rate,
         }
 
     async def handle(self, connection) -> None:
@@ -141,16 +141,6 @@ class Server:
             if ready:
                 ready.set_result(port)
             await server.serve_forever()
-
-
-def latency_samples(generator: Generator) -> int:
-    """Returns the algorithmic latency: samples between the newest frame and the newest sample."""
-    streamer = Streamer(generator)
-    frame = torch.full((generator.conv_pre.in_channels, 1), SILENT_LOG_MEL)
-    for fed in itertools.count(1):
-        given = len(streamer.feed(frame))
-        if given:
-            return fed * generator.hop_size - given
 
 
 async def read(connection, queue: asyncio.Queue) -> None:

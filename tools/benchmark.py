@@ -231,21 +231,14 @@ def inference_row(config: str, seconds: int, device: torch.device, limits: Limit
 
 
 def stream_row(config: str, seconds: int, frames: int, device: torch.device) -> Row:
-    """Returns a row of the table of streams: a mel of `seconds`, fed `frames` frames at a time.
-
-    The latency is the algorithmic one: the audio between the newest frame and the newest sample.
-    """
+    """Returns a row of the table of streams: a mel of `seconds`, fed `frames` frames at a time."""
     h = load_config(config)
     mel = random_mel(h, seconds)
     streamer, pieces = Streamer(new_generator(h, device, "fp32")), mel.split(frames, dim=1)
     streamer.feed(pieces[0])  # warms up
     streamer.flush()
-    fed, samples, latency = 0, 0, 0
     begin = time.perf_counter()
-    for piece in pieces:
-        fed += piece.shape[1] * h.hop_size
-        samples += len(streamer.feed(piece).cpu())
-        latency = max(latency, fed - samples)
+    samples = sum(len(streamer.feed(piece).cpu()) for piece in pieces)
     samples += len(streamer.flush().cpu())
     audio_seconds = samples / h.sampling_rate
     return {
@@ -253,7 +246,7 @@ def stream_row(config: str, seconds: int, frames: int, device: torch.device) -> 
         "threads": torch.get_num_threads(),
         "audio (s)": seconds,
         "frames at a time": frames,
-        "latency (ms)": 1000 * latency / h.sampling_rate,
+        "latency (ms)": 1000 * streamer.latency * h.hop_size / h.sampling_rate,
         "times real time": audio_seconds / (time.perf_counter() - begin),
     }
 

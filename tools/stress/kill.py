@@ -103,7 +103,7 @@ def slowly(function: Callable) -> Callable:
 
 
 def random_kill(choose: random.Random) -> Kill:
-    """Returns a kill: a half at any time, a quarter in slow saves, a quarter at a call of a save."""
+    """Returns a kill: half at any time, a quarter in slow saves, a quarter at a call of a save."""
     way = choose.randrange(4)
     if way < 3:
         slow = way == 2
