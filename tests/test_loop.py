@@ -23,6 +23,7 @@ import utils
 from checkpoint import build_state, checkpoint_path, paired_steps
 from distributed import STOP_SIGNALS, Stopped, StopRequest
 from env import UsageError, UserError, load_config
+from loader import next_batch
 from losses import LOSSES, Loss
 from models import Generator
 from monitor import BackgroundMetrics
@@ -498,10 +499,6 @@ def test_left_over_variables_of_torchrun_are_named(run, monkeypatch, variables, 
         run(1)
 
 
-class NoMonitor:
-    error = None
-
-
 def failing(error: Exception):
     """Batches, the next of which is an error."""
     raise error
@@ -518,7 +515,7 @@ def failing(error: Exception):
 )
 def test_a_bug_is_not_reported_as_a_lack_of_memory(error):
     with pytest.raises(type(error)):
-        train.next_batch(failing(error), StopRequest(), NoMonitor)
+        next_batch(failing(error), StopRequest(), None)
 
 
 def test_the_error_of_a_worker_is_shown_without_its_traceback():
@@ -527,4 +524,4 @@ def test_the_error_of_a_worker_is_shown_without_its_traceback():
         'last):\n  File "meldataset.py", line 1, in load\nenv.UserError: a.wav: is empty\n'
     )
     with pytest.raises(UserError, match=r"^a\.wav: is empty$"):
-        train.next_batch(failing(UserError(text)), StopRequest(), NoMonitor)
+        next_batch(failing(UserError(text)), StopRequest(), None)
