@@ -87,7 +87,7 @@ def test_too_few_clips_are_an_error(corpus):
 
 def test_rows_of_the_results_are_variants_and_have_their_parameters():
     rows = r"^\| (\w+)[^|]* \| [\d,]+(?: adversarial)? \| ([\d,]+) \|"
-    text = (ROOT / "docs/results.md").read_text()
+    text = (ROOT / "docs/ablations.md").read_text()
     found = re.findall(rows, text, re.MULTILINE)
     assert len(found) >= 14
     for name, count in set(found):
