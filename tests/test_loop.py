@@ -488,8 +488,8 @@ def test_too_few_open_files_are_one_line_that_names_the_limit(run):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK, MASTER_ADDR, MASTER_PORT is not"),
-        ({"RANK": "1"}, "RANK=1 is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "RANK=1 is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
     ],
 )
 def test_left_over_variables_of_torchrun_are_named(run, monkeypatch, variables, message):
