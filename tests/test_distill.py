@@ -271,16 +271,16 @@ def test_a_lighter_frame_rate_generator_learns_from_a_larger_one(tmp_path):
             p.normal_(0, 0.1)
     teacher.remove_weight_norm()
     changes = {"config": FRAMES, "refiner_channels": 8, "learning_rate": 0.002}
-    learner, state = distillation(tmp_path, teacher, 80, **changes)
+    learner, state = distillation(tmp_path, teacher, 150, **changes)
     random, errors = torch.Generator().manual_seed(0), []
-    for state.steps in range(80):
+    for state.steps in range(150):
         mel = torch.randn(2, state.h.num_mels, 16, generator=random) - 4
         errors.append(learner.update(state, mel, None))
     first, last = errors[0], errors[-1]
     weighed = 2 * last["f0"] + 2 * last["aperiodicity"] + last["log_magnitude"]
     torch.testing.assert_close(last["gen_loss_total"], weighed)
     for name in ("f0", "aperiodicity", "log_magnitude"):
-        assert float(last[name]) < 0.75 * float(first[name])
+        assert float(last[name]) < 0.6 * float(first[name])
 
 
 def test_a_frame_rate_student_starts_from_the_teacher_s_layers_that_fit(tmp_path, capsys):

@@ -23,6 +23,7 @@ import utils
 from checkpoint import build_state, checkpoint_path, paired_steps
 from distributed import STOP_SIGNALS, Stopped, StopRequest
 from env import UsageError, UserError, load_config
+from loader import next_batch
 from losses import LOSSES, Loss
 from models import Generator
 from monitor import BackgroundMetrics
@@ -487,8 +488,8 @@ def test_too_few_open_files_are_one_line_that_names_the_limit(run):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK, MASTER_ADDR, MASTER_PORT is not"),
-        ({"RANK": "1"}, "RANK=1 is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "RANK=1 is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
     ],
 )
 def test_left_over_variables_of_torchrun_are_named(run, monkeypatch, variables, message):
@@ -496,10 +497,6 @@ def test_left_over_variables_of_torchrun_are_named(run, monkeypatch, variables, 
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         run(1)
-
-
-class NoMonitor:
-    error = None
 
 
 def failing(error: Exception):
@@ -518,7 +515,7 @@ def failing(error: Exception):
 )
 def test_a_bug_is_not_reported_as_a_lack_of_memory(error):
     with pytest.raises(type(error)):
-        train.next_batch(failing(error), StopRequest(), NoMonitor)
+        next_batch(failing(error), StopRequest(), None)
 
 
 def test_the_error_of_a_worker_is_shown_without_its_traceback():
@@ -527,4 +524,4 @@ def test_the_error_of_a_worker_is_shown_without_its_traceback():
         'last):\n  File "meldataset.py", line 1, in load\nenv.UserError: a.wav: is empty\n'
     )
     with pytest.raises(UserError, match=r"^a\.wav: is empty$"):
-        train.next_batch(failing(UserError(text)), StopRequest(), NoMonitor)
+        next_batch(failing(UserError(text)), StopRequest(), None)
