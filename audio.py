@@ -19,21 +19,23 @@ from utils import atomic_write, say
 
 # Formats that libsndfile reads, by extension. The first file that exists is taken for an id.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
-MIN_SAMPLING_RATE = 1000  # Hz; a lower one is damage, and resampling from it could fill the memory
+# Hz. A lower rate means a damaged header, and resampling from it could fill the memory.
+MIN_SAMPLING_RATE = 1000
 PCM16_MAX = 32767
-MAX_CLAMPED = 0.01  # of a file's samples; more is reported
+MAX_CLAMPED = 0.01  # share of a file's samples; a larger share is reported
 # Encodings whose samples do not depend on each other, so that a part can be read alone.
 PLAIN_SUBTYPES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 MAX_PEAK = 4.0  # of full scale; a float file above it contains 16-bit integers, for example
-MIN_PEAK = 1e-3  # of full scale, -60 dB; a file below it is as good as silent
-MAX_MISSING = 0.05  # of a file, by its header
-MP3_HEAD = 2**17  # bytes in which the header is looked for, after tags and pictures
+MIN_PEAK = 1e-3  # of full scale, -60 dB; a file below it counts as silent
+MAX_MISSING = 0.05  # share of the length in the header
+MP3_HEAD = 2**17  # bytes that are searched for the header, which follows tags and cover art
 OPEN_LENGTH = 2**31 - 1  # bytes; programs that stream write such a length or a larger one
 
-# Measured with HiFi-GAN's mels of 1,730 clips. Clean, their lowest value is below -7.6. With white
-# or pink noise at 10 and 0 dB it is below -3.7, but then the median step from frame to frame, at
-# least 0.19, is at least 0.183 of the standard deviation. 98% of log10 mels are outside of this.
-LOG_MEL_FLOORS = (-12.0, -6.5)  # of clean speech
+# Measured on HiFi-GAN's mels of 1,730 clips. The minimum of a clean mel is below -7.6. With white
+# or pink noise at a signal-to-noise ratio of 10 or 0 dB, the minimum is below -3.7. The median
+# absolute step from frame to frame is then at least 0.19, and at least 0.183 of the standard
+# deviation. 98% of log10 mels violate these limits.
+LOG_MEL_FLOORS = (-12.0, -6.5)  # range of the minimum of clean speech
 NOISY_FLOOR = -3.0
 NOISY_STEP, NOISY_RELATIVE_STEP = 0.18, 0.18
 MAX_LOG_MEL = 4.0
@@ -136,7 +138,10 @@ def _read(
 
 
 def _is_truncated(file: soundfile.SoundFile, samples: int) -> bool:
-    """Returns whether a file lacks its end, by libsndfile's log; `samples` of it could be read."""
+    """Returns whether the end of a file is missing, by libsndfile's log.
+
+    `samples` is the number of samples that could be read.
+    """
     log = file.extra_info
     sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)  # in bytes: the header's, the file's
     lengths = [(int(claimed), int(found)) for claimed, found in sizes]
@@ -298,9 +303,9 @@ def say_mel_warnings(mels: Iterable[tuple[Path, torch.Tensor]]) -> None:
     The line names the first such file, the reason, and how many of the mels are such.
     """
     reasons = [(path, mel_warning(mel)) for path, mel in mels]
-    doubtful = [f"{path}: {reason}" for path, reason in reasons if reason]
-    if doubtful:
-        say(one_line(f"{doubtful[0]} ({len(doubtful)} of {len(reasons)} mels are doubtful)"))
+    warnings = [f"{path}: {reason}" for path, reason in reasons if reason]
+    if warnings:
+        say(one_line(f"{warnings[0]} ({len(warnings)} of {len(reasons)} mels look wrong)"))
 
 
 def write_npy(path: str | Path, array: np.ndarray) -> None:

@@ -439,7 +439,7 @@ OTHER_RECIPES = {
 
 
 @pytest.mark.parametrize("scale", OTHER_RECIPES.values(), ids=OTHER_RECIPES)
-def test_mels_of_another_recipe_are_doubted(h, scale):
+def test_mels_of_another_recipe_have_a_warning(h, scale):
     mel = mel_of(0.1 * speech_like(2), h)
     assert mel_warning(torch.from_numpy(mel)) is None
     scaled = scale(mel).astype(np.float32)
@@ -449,7 +449,7 @@ def test_mels_of_another_recipe_are_doubted(h, scale):
 
 @pytest.mark.parametrize("exponent", [0, 0.5], ids=["white", "pink"])
 @pytest.mark.parametrize("snr", [10, 0])
-def test_mels_of_noisy_speech_are_not_doubted_unless_in_log10(h, snr, exponent):
+def test_mels_of_noisy_speech_have_no_warning_unless_in_log10(h, snr, exponent):
     wav = speech_like(2)
     spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(len(wav)))
     noise = np.fft.irfft(spectrum / np.arange(1, len(spectrum) + 1) ** exponent, len(wav))
@@ -459,7 +459,7 @@ def test_mels_of_noisy_speech_are_not_doubted_unless_in_log10(h, snr, exponent):
     assert "values from" in mel_warning(torch.from_numpy(mel / math.log(10)))
 
 
-def test_padding_with_zeros_is_doubted_at_the_end_only(h):
+def test_padding_with_zeros_has_a_warning_at_the_end_only(h):
     mel = mel_of(speech_like(1), h)
     at_end, at_start = (np.pad(mel, ((0, 0), pad)) for pad in ((0, 3), (3, 0)))
     assert "ends in 3 frames of zeros" in mel_warning(torch.from_numpy(at_end))
@@ -467,13 +467,13 @@ def test_padding_with_zeros_is_doubted_at_the_end_only(h):
     assert mel_warning(torch.full((80, 9), SILENT_LOG_MEL)) is None
 
 
-def test_the_first_doubtful_mel_of_many_is_named_with_their_number(h, capsys):
+def test_the_first_wrong_mel_of_many_is_named_with_their_number(h, capsys):
     good = torch.from_numpy(mel_of(speech_like(1), h))
     mels = {"a.npy": good, "b\n.npy": good / 2.3, "c.npy": good, "d.npy": good * 0}
     say_mel_warnings((Path(name), mel) for name, mel in mels.items())
     line = capsys.readouterr().out
     assert line.startswith("b .npy: values from -2.84 to ") and line.count("\n") == 1
-    assert line.endswith("recipe? (2 of 4 mels are doubtful)\n")
+    assert line.endswith("recipe? (2 of 4 mels look wrong)\n")
     say_mel_warnings([(Path("a.npy"), good)])
     assert capsys.readouterr().out == ""
 

@@ -566,10 +566,10 @@ def test_fine_tuning_mels_that_do_not_match_their_clips_are_reported(
     mel, wav = dataset.whole(int(found[1][0]))
     difference = np.abs(numpy_log_mel(wav[0].numpy(), dataset.h) - mel.numpy()).mean()
     assert float(found[2]) == pytest.approx(difference, abs=0.01)
-    assert line.endswith(f"So do {count} of 8 mels compared\n") and line.count("\n") == 1
+    assert line.endswith(f"{count} of 8 mels compared differ\n") and line.count("\n") == 1
 
 
-def test_fine_tuning_mels_with_a_doubtful_end_are_reported(pairs, capsys):
+def test_fine_tuning_mels_that_end_in_zeros_are_reported(pairs, capsys):
     pairs(lambda i, mels: mels[i] * (np.arange(mels[i].shape[1]) < 80))
     assert "ends in 6 frames of zeros" in capsys.readouterr().out
 
