@@ -231,9 +231,9 @@ def test_the_refiner_starts_near_zero_and_has_the_stated_receptive_field(
 ):
     """Of patches: 1 for conv_pre, 1 + 2 + 4 for its units, and 3 for their second convolutions."""
     refiner = Refiner(frame_rate(tmp_path, **changes)).double().requires_grad_(False)
-    pictures = torch.randn(Refiner.PICTURES, 1, 41, 513, dtype=torch.float64)
+    maps = torch.randn(Refiner.MAPS, 1, 41, 513, dtype=torch.float64)
     conditioning = torch.randn(1, 41, COND_CHANNELS * refiner.patches, dtype=torch.float64)
-    x = refiner.to_patches(list(pictures), conditioning)
+    x = refiner.to_patches(list(maps), conditioning)
     refinement = refiner(x)
     assert 0 < float(refinement.std()) < 0.05
     assert refiner.receptive_field == (before, after)
@@ -250,8 +250,8 @@ def test_the_refiner_starts_near_zero_and_has_the_stated_receptive_field(
 def test_the_highest_bins_that_fill_no_patch_are_not_refined(tmp_path, changes, patches):
     h = frame_rate(tmp_path, **changes)
     refiner, bins = Refiner(h).requires_grad_(False), h.n_fft // 2 + 1
-    pictures = list(torch.randn(Refiner.PICTURES, 1, 7, bins))
-    x = refiner.to_patches(pictures, torch.randn(1, 7, COND_CHANNELS * patches))
+    maps = list(torch.randn(Refiner.MAPS, 1, 7, bins))
+    x = refiner.to_patches(maps, torch.randn(1, 7, COND_CHANNELS * patches))
     assert x.shape[3] == refiner.patches == patches
     refinement = refiner(x)
     assert refinement.shape == (1, 7, bins)
