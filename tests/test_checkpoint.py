@@ -136,7 +136,7 @@ def test_griffin_lim_steps_may_change_but_not_the_kind_of_the_generator(run):
     with pytest.raises(UserError, match="a run with griffin_lim_steps, but now without: expected"):
         run(3)
     write_config(run.folder / "config.json", "configs/hifigan_v2.json")
-    with pytest.raises(UserError, match="of an MRF, now a MISR: expected the same model"):
+    with pytest.raises(UserError, match="a run of an MRF, but now a MISR: expected the same model"):
         run(3)
 
 
