@@ -7,8 +7,7 @@ In a pipe, it synthesizes while frames arrive:
     tts | python inference_e2e.py --input_mels_dir - --checkpoint_file cp_misrnet/g_00500000 | aplay
 
 Standard input holds frames one after the other, each num_mels float32 values (little-endian).
-Standard output is a wav, PCM 16, whose header leaves its length open. Messages go to standard
-error.
+Standard output is a 16-bit wav whose header gives no length. Messages go to standard error.
 """
 
 import argparse
@@ -31,11 +30,11 @@ from inference import Mel, Streamer, add_arguments, start, vocode_files
 from utils import command_line, command_parser, plan_outputs, say
 
 MAX_PIPE_FRAMES = 1024  # at once, if --chunk_frames is 0
-OPEN_LENGTH = 2**32 - 1  # in the header of a wav whose length is not known, as ffmpeg writes it
+OPEN_LENGTH = 2**32 - 1  # stands for an unknown length in a header, as in ffmpeg's wavs
 NPY_MAGIC = b"\x93NUMPY"
-CHECKED_FRAMES = 32  # of a pipe: fewer frames of good mels can look wrong
-# In a mel, neighbouring frames differ about as much as neighbouring bands do. With bands first,
-# they differ several times as much.
+CHECKED_FRAMES = 32  # at the start of a pipe; fewer frames of a good mel can look wrong
+# The mean difference of neighbouring frames, relative to that of neighbouring bands, is about 1 in
+# a mel and several times larger in a transposed one.
 MAX_FRAME_TO_BAND_RATIO = 2.5
 
 
@@ -53,7 +52,7 @@ def readable_mels(paths: Iterable[Path], num_mels: int) -> Iterator[tuple[Path, 
 
 
 def wav_header(sampling_rate: int) -> bytes:
-    """Returns the header of a mono wav in PCM 16 of open length."""
+    """Returns the header of a mono 16-bit wav of unknown length."""
     of_format = (b"fmt ", 16, 1, 1, sampling_rate, 2 * sampling_rate, 2, 16)
     riff = struct.pack("<4sI4s", b"RIFF", OPEN_LENGTH, b"WAVE")
     return riff + struct.pack("<4sIHHIIHH", *of_format) + struct.pack("<4sI", b"data", OPEN_LENGTH)
@@ -125,12 +124,12 @@ def checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def vocode_pipe(streamer: Streamer, source: BinaryIO, sink: BinaryIO, max_frames: int) -> None:
     """Writes the samples of `source`'s frames to `sink` as soon as they are final.
 
-    Each piece takes all frames that arrived during the last one, so that a slow processor computes
-    more at a time.
+    Each piece contains all frames that arrived while the last one was computed, so that a slow
+    processor computes more frames at a time.
 
     Raises:
         UserError: as `read_frames`; the samples of the frames before the error are written.
-        BrokenPipeError: nobody reads `sink`.
+        BrokenPipeError: the reader of `sink` has closed it.
     """
     error = None
     try:
@@ -158,7 +157,7 @@ def run_pipe(a: argparse.Namespace) -> int:
         try:
             sink.write(wav_header(h.sampling_rate))
             vocode_pipe(streamer, sys.stdin.buffer, sink, a.chunk_frames or MAX_PIPE_FRAMES)
-        except BrokenPipeError:  # ends as every tool in a pipe does
+        except BrokenPipeError:  # ends like other tools in a pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
             return 128 + signal.SIGPIPE
     return 0

@@ -55,8 +55,8 @@ class ClientError(Exception):
 class Server:
     """One generator for all connections, each of which has its own Streamer.
 
-    The generator runs in one worker thread, so that the event loop stays free; the messages of all
-    connections take turns there.
+    The generator runs in one worker thread, so that the event loop stays free. The thread processes
+    the messages of all connections one after the other.
     """
 
     generator: Generator
@@ -156,7 +156,7 @@ async def read(connection, queue: asyncio.Queue) -> None:
 async def take_pending(queue: asyncio.Queue) -> list[str | bytes | None]:
     """Waits for a message; returns it with all that follow it already, up to an "end" or None.
 
-    A server that falls behind catches up, since many frames at a time take less than one by one.
+    A server that falls behind catches up, because many frames at a time are faster than one by one.
     """
     messages = [await queue.get()]
     while messages[-1] not in ("end", None) and not queue.empty():

@@ -41,7 +41,7 @@ PLAYED_SUBTYPES = ("PCM_U8", "PCM_16", "PCM_24", "FLOAT")  # of WAV files, that 
 
 
 def check_page(folder: Path, given: list[Path]) -> None:
-    """Creates `folder`, before hours of measuring.
+    """Creates `folder` before the measurement, which may take hours.
 
     Raises:
         UserError: `folder` has another page, or overlaps with a `given` folder.
@@ -61,7 +61,7 @@ def check_page(folder: Path, given: list[Path]) -> None:
 
 
 def write_page(folder: Path, report: dict, h: Config) -> None:
-    """Writes the page of a report: sounds and pictures first, then index.html.
+    """Writes the page of a report: sounds and spectrograms first, then index.html.
 
     Raises:
         UserError: a file cannot be read.
@@ -114,7 +114,7 @@ def _shown(metrics: dict) -> list[str]:
 
 
 def _clips(report: dict, group: dict, writer: "ClipWriter", progress: tqdm) -> str:
-    """Returns the section of a group, and writes its sounds and pictures."""
+    """Returns the section of a group, and writes its sounds and spectrograms."""
     systems = [name for name in report["systems"] if group is report or name != RECORDINGS]
     clips = []
     for file in group["files"]:
