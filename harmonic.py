@@ -41,7 +41,7 @@ from meldataset import MIN_MAGNITUDE, SILENT_LOG_MEL, LogMelSpectrogram
 from pitch import F0_RANGE
 
 F0_CANDIDATES = 64  # the predicted log F0 is their mean, weighted by a softmax
-NOISE_FRAMES = 2048  # the noise repeats after this many frames
+NOISE_FRAMES = 2048  # the noise repeats after so many frames
 NOISE_SEED = 0
 VOICING_BAND = 1000.0  # Hz; the mean aperiodicity below it tells voiced from unvoiced frames
 # The envelope exp(SHARPNESS * (cos(2 pi phase) - 1)) of noise bursts, and its root mean square.
@@ -307,15 +307,15 @@ class PulseTrain(nn.Module):
         log_f0 is [B, T]. In the margins, before the first frame and after the last, F0 is held.
         """
         f0 = self.interpolate(log_f0).exp()
-        cycles = f0 / self.sampling_rate
-        phase = cycles.cumsum(1) - cycles  # at the start of each sample
+        increment = f0 / self.sampling_rate  # cycles per sample
+        phase = increment.cumsum(1) - increment  # at the start of each sample
         phase = phase - phase[:, state.anchor * self.hop_size, None] + state.phase
         before, after = (torch.arange(1, n + 1, device=f0.device) for n in self.margins)
         phase = torch.cat(
             [
-                phase[:, :1] - cycles[:, :1] * before.flip(0),
+                phase[:, :1] - increment[:, :1] * before.flip(0),
                 phase,
-                phase[:, -1:] + cycles[:, -1:] * after,
+                phase[:, -1:] + increment[:, -1:] * after,
             ],
             dim=1,
         )

@@ -319,8 +319,8 @@ class MelDataset(torch.utils.data.Dataset):
         mel = load_mel(path, self.h.num_mels)
         if abs(mel.shape[1] - frames) > MAX_EXTRA_FRAMES:
             raise UserError(
-                f"{path}: {mel.shape[1]} frames, but {self.path(index)} has {frames} of "
-                f"{self.h.hop_size} samples; expected at most {MAX_EXTRA_FRAMES} more or fewer"
+                f"{path}: {mel.shape[1]} frames, but {self.path(index)} has {frames} "
+                f"(hop_size {self.h.hop_size}); expected at most {MAX_EXTRA_FRAMES} more or fewer"
             )
         return mel
 

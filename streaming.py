@@ -450,14 +450,14 @@ class ExcitationStream:
         self.last = points[:, -1:]
         f0, voicing = torch.lerp(points[:, :-1, None], points[:, 1:, None], self.later).flatten(1)
         f0 = f0.exp()
-        cycles = f0 / self.rate
+        increment = f0 / self.rate  # cycles per sample
         if self.past is None:  # before the first centre, everything is constant
             steps = torch.arange(size, device=f0.device) - self.head.stft.margins[0]
             self.past = torch.stack(
-                [f0[:1].expand(size), cycles[0] * steps, voicing[:1].expand(size)]
+                [f0[:1].expand(size), increment[0] * steps, voicing[:1].expand(size)]
             )
-            self.phase = cycles[0] * (size - self.head.stft.margins[0])
-        phase = torch.cat([self.phase.view(1), self.phase + cycles.cumsum(0)])
+            self.phase = increment[0] * (size - self.head.stft.margins[0])
+        phase = torch.cat([self.phase.view(1), self.phase + increment.cumsum(0)])
         self.phase = phase[-1]
         known = torch.cat([self.past, torch.stack([f0, phase[:-1], voicing])], dim=1)
         self.past = known[:, known.shape[1] - size :]

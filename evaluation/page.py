@@ -167,7 +167,7 @@ class ClipWriter:
             cells.append(
                 _cell(system, values.get(system, {}), marks.get(system, {}), metrics)
                 .replace("<!-- sound -->", f"{FILES}/{_copy_sound(paths[system], stem)}")
-                .replace("<!-- picture -->", self._picture(stem.name, system, mels, frames))
+                .replace("<!-- picture -->", self._spectrogram(stem.name, system, mels, frames))
             )
         seconds, name = frames * h.hop_size / h.sampling_rate, _text(file["name"])
         return (
@@ -177,7 +177,7 @@ class ClipWriter:
             f"{_folded(systems, values, marks, metrics)}</article>"
         )
 
-    def _picture(self, stem: str, system: str, mels: dict, frames: int) -> str:
+    def _spectrogram(self, stem: str, system: str, mels: dict, frames: int) -> str:
         """Returns the spectrogram with its axis in Hz and the line at the current time."""
         axis = "".join(
             f'<span style="bottom:{100 * band / self.h.num_mels:.1f}%">{hertz // 1000}k</span>'

@@ -101,16 +101,16 @@ def test_the_pulse_train_is_the_sum_of_all_harmonics(head_of):
     inner = slice(before, before + 12 * hop)
     centres = (np.arange(12) + 0.5) * hop
     expected_f0 = np.exp(np.interp(np.arange(12 * hop) + 0.5, centres, log_f0[0]))
-    cycles = np.concatenate([[0], np.cumsum(expected_f0 / 22050)[:-1]])
-    cycles = cycles - cycles[2 * hop] + 0.3
+    expected_phase = np.concatenate([[0], np.cumsum(expected_f0 / 22050)[:-1]])
+    expected_phase = expected_phase - expected_phase[2 * hop] + 0.3
     harmonics = 11025 / expected_f0
     expected = sum(
-        np.clip(harmonics - k + 1, 0, 1) * np.cos(2 * np.pi * k * cycles)
+        np.clip(harmonics - k + 1, 0, 1) * np.cos(2 * np.pi * k * expected_phase)
         for k in range(1, int(harmonics.max()) + 2)
     ) / np.sqrt(harmonics / 2)
     assert pulses.shape == (1, (12 + head.stft.overlap) * hop)
     np.testing.assert_allclose(f0[0, inner], expected_f0, rtol=1e-9)
-    np.testing.assert_allclose(phase[0, inner], cycles, atol=1e-9)
+    np.testing.assert_allclose(phase[0, inner], expected_phase, atol=1e-9)
     np.testing.assert_allclose(pulses[0, inner], expected, atol=2e-3)
 
 

@@ -92,10 +92,10 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
-@pytest.mark.parametrize("place", ["a_file/out.wav", "a_file/deeper/out.wav", "a_folder"])
-def test_an_unwritable_place_is_named(tmp_path, place):
+@pytest.mark.parametrize("name", ["a_file/out.wav", "a_file/deeper/out.wav", "a_folder"])
+def test_an_unwritable_path_is_named(tmp_path, name):
     write_files(tmp_path, "a_file", "a_folder/inside")
-    path = tmp_path / place
+    path = tmp_path / name
     with pytest.raises(WriteError) as error, atomic_write(path) as temporary:
         temporary.write_text("new")
     assert str(error.value).startswith(f"{path}: cannot be written")

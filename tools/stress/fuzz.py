@@ -50,8 +50,8 @@ def damaged(raw: bytes, draw: random.Random) -> bytes:
     changed = bytearray(raw)
     for _ in range(draw.randint(1, 8)):
         near = draw.randrange(min(200, len(raw)))
-        place = draw.choice((near, -1 - near, draw.randrange(len(raw))))
-        changed[place] = draw.randrange(256)
+        position = draw.choice((near, -1 - near, draw.randrange(len(raw))))
+        changed[position] = draw.randrange(256)
     return bytes(changed)
 
 
