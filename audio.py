@@ -225,7 +225,7 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
         say(
             one_line(
                 f"{path}: {clamped / samples:.0%} of its samples were beyond full scale and are "
-                "clamped; is the mel louder than speech, or not by the config's recipe?"
+                "clamped; is the mel louder than speech, or not computed with the config's settings?"
             )
         )
 
@@ -274,15 +274,15 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
 def mel_warning(mel: torch.Tensor) -> str | None:
     """Returns why a mel [num_mels, T] does not look like HiFi-GAN's log-mel of speech, or None.
 
-    Mels of another recipe have another logarithm, floor or scale. Mels cut from a batch may end in
-    padding.
+    Mels with other settings have another logarithm, floor or scale. Mels cut from a batch may end
+    in padding.
     """
     low, high = float(mel.min()), float(mel.max())
     is_speech = LOG_MEL_FLOORS[0] < low < LOG_MEL_FLOORS[1] or _is_noisy_speech(mel, low)
     if not is_speech or high > MAX_LOG_MEL:
         return (
             f"values from {low:.3g} to {high:.3g}; expected natural logarithms of amplitudes, from "
-            "about -11.5 to 2: is it by the config's recipe?"
+            "about -11.5 to 2: was it computed with the config's settings?"
         )
     if zeros := int((mel == 0).all(0).flip(0).long().cumprod(0).sum()):
         return f"ends in {zeros} frames of zeros, which are loud: silence is -11.5"

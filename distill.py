@@ -54,7 +54,7 @@ from train import Losses, add_arguments, read_config, read_data, run, schedule_o
 from utils import command_line, command_parser, say, say_if_slow
 from weights import load_matching, mrf_as_misr
 
-# The recipe was found by measurement; docs/distillation.md lists what else was tried.
+# These values were found by measurement; docs/ablations.md lists what else was tried.
 WARM_UP = 50  # updates
 MAX_GRADIENT_NORM = 5.0
 # The mel loss of the whole generator is added from this share of the run on, or at once after a

@@ -291,7 +291,7 @@ def start(a: argparse.Namespace) -> tuple[Generator, Config]:
 def main() -> int:
     """Vocodes a folder of audio files."""
     parser = command_parser(
-        "Audio files to mels and back: <output_dir>/<name>_generated.wav for each, PCM 16.",
+        "Vocodes the mel of each audio file to <output_dir>/<name>_generated.wav, 16-bit.",
         example="python inference.py --input_wavs_dir test_files "
         "--checkpoint_file cp_misrnet/g_00500000",
     )

@@ -166,17 +166,16 @@ def run_pipe(a: argparse.Namespace) -> int:
 def main() -> int:
     """Vocodes a folder of .npy mels."""
     parser = command_parser(
-        "Log-mels to <output_dir>/<name>_generated_e2e.wav for each, PCM 16. With\n"
-        "--input_mels_dir -, raw float32 frames from standard input to a wav on standard\n"
-        "output, while they arrive: tts | python inference_e2e.py --input_mels_dir - ... | aplay",
+        "Turns each log-mel into <output_dir>/<name>_generated_e2e.wav, 16-bit. With\n"
+        "--input_mels_dir -, turns raw float32 frames from standard input into a wav on standard\n"
+        "output while they arrive: tts | python inference_e2e.py --input_mels_dir - ... | aplay",
         example="python inference_e2e.py --input_mels_dir test_mel_files "
         "--checkpoint_file cp_misrnet/g_00500000",
     )
     add_arguments(
         parser,
         flag="--input_mels_dir",
-        holds=".npy files, [num_mels, T] or [1, num_mels, T], natural logarithm, by the config's "
-        "recipe",
+        holds=".npy files with the config's mel settings, [num_mels, T] or [1, num_mels, T]",
         default="test_mel_files",
         output_dir="generated_files_from_mel",
     )

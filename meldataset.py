@@ -371,7 +371,7 @@ def check_pairs(dataset: MelDataset) -> None:
         one_line(
             f"{dataset.mel_path(index)}: differs from the mel of {dataset.path(index)} by "
             f"{difference:.2f} on average; expected at most {MAX_PAIR_DIFFERENCE:g}: is it this "
-            f"clip's, by the config's recipe? {len(differing)} of {count} mels compared differ"
+            f"clip's, with the config's settings? {len(differing)} of {count} mels compared differ"
         )
     )
 

@@ -439,7 +439,7 @@ OTHER_RECIPES = {
 
 
 @pytest.mark.parametrize("scale", OTHER_RECIPES.values(), ids=OTHER_RECIPES)
-def test_mels_of_another_recipe_have_a_warning(h, scale):
+def test_mels_with_other_settings_have_a_warning(h, scale):
     mel = mel_of(0.1 * speech_like(2), h)
     assert mel_warning(torch.from_numpy(mel)) is None
     scaled = scale(mel).astype(np.float32)
@@ -473,7 +473,7 @@ def test_the_first_wrong_mel_of_many_is_named_with_their_number(h, capsys):
     say_mel_warnings((Path(name), mel) for name, mel in mels.items())
     line = capsys.readouterr().out
     assert line.startswith("b .npy: values from -2.84 to ") and line.count("\n") == 1
-    assert line.endswith("recipe? (2 of 4 mels look wrong)\n")
+    assert line.endswith("settings? (2 of 4 mels look wrong)\n")
     say_mel_warnings([(Path("a.npy"), good)])
     assert capsys.readouterr().out == ""
 

@@ -169,7 +169,7 @@ def test_bf16_is_warned_about_where_the_processor_lacks_it(
         assert is_warned == (precision == "bf16" and not has_bfloat16)
 
 
-def test_mels_of_another_recipe_are_vocoded_with_one_warning(checkpoint, mels, tmp_path, capsys):
+def test_mels_with_other_settings_are_vocoded_with_one_warning(checkpoint, mels, tmp_path, capsys):
     for name in ("a", "b"):
         np.save(tmp_path / f"{name}.npy", np.load(mels / f"{name}.npy") / np.log(10))
     assert vocode_mels(checkpoint, tmp_path, tmp_path / "out") == 0
