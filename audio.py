@@ -225,7 +225,7 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
         say(
             one_line(
                 f"{path}: {clamped / samples:.0%} of its samples were beyond full scale and are "
-                "clamped; is the mel louder than speech, or not computed with the config's settings?"
+                "clamped; is the mel louder than speech, or computed with other settings?"
             )
         )
 
