@@ -248,7 +248,7 @@ def test_a_truncated_flac_is_refused(tmp_path):
 
 @pytest.mark.parametrize("offset", [4, 40])
 def test_a_wav_of_open_length_is_read_whole(tmp_path, capsys, offset):
-    """As written by programs that stream."""
+    """Programs that stream write such wavs."""
     path = tmp_path / "a.wav"
     write_pcm(path, np.full((2205, 1), 1000), 2)
     raw = bytearray(path.read_bytes())
@@ -516,7 +516,7 @@ def test_a_waveform_that_is_not_finite_is_not_written(tmp_path, value):
     ("beyond", "said"), [(0, None), (10, None), (11, "1%"), (390, "39%"), (1000, "100%")]
 )
 def test_much_clamping_is_reported(tmp_path, capsys, beyond, said):
-    """Of 1,000 samples in three pieces. 1.0 itself is not counted."""
+    """The file has 1,000 samples in three pieces. A sample of exactly 1.0 is not counted."""
     wav = torch.ones(1000)
     wav[:beyond] = torch.linspace(-5, -1.001, beyond)
     path = tmp_path / "a\nb.wav"

@@ -255,7 +255,7 @@ def test_moments_that_fit_are_loaded():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The config and the folder of a run that was saved at its start."""
+    """Returns the config and the folder of a run that was saved at its start."""
     folder = tmp_path_factory.mktemp("run")
     h = toy_config(folder)
     state = build_state(h, CPU)
@@ -340,7 +340,7 @@ def test_checkpoints_are_found_in_the_order_of_their_steps_and_look_alikes_are_n
     ],
 )
 def test_a_misr_takes_what_fits_from_an_mrf(tmp_path, capsys, theirs, ours, blocks, own):
-    """Outer layers, and shared blocks of its kernel size, also from an MRF of more stages."""
+    """It takes outer layers, and blocks of its kernel size, also from an MRF of more stages."""
     torch.manual_seed(1)
     other = Generator(toy_config(tmp_path, theirs))
     path = tmp_path / "g_00000009"

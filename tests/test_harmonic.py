@@ -229,7 +229,7 @@ def test_log_mels_below_silence_are_silence(tmp_path):
 def test_the_refiner_starts_near_zero_and_has_the_stated_receptive_field(
     tmp_path, changes, before, after, patches
 ):
-    """Of patches: 1 for conv_pre, 1 + 2 + 4 for its units, and 3 for their second convolutions."""
+    """In patches: 1 of conv_pre, 1 + 2 + 4 of the units, and 3 of their second convolutions."""
     refiner = Refiner(frame_rate(tmp_path, **changes)).double().requires_grad_(False)
     maps = torch.randn(Refiner.MAPS, 1, 41, 513, dtype=torch.float64)
     conditioning = torch.randn(1, 41, COND_CHANNELS * refiner.patches, dtype=torch.float64)
@@ -264,7 +264,7 @@ def test_the_highest_bins_that_fill_no_patch_are_not_refined(tmp_path, changes, 
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_consistent_spectrum_gives_its_waveform(head_of, steps):
-    """Of the spectrum only the phase counts."""
+    """Only the phase of the spectrum is used."""
     head = head_of(griffin_lim_steps=steps)
     wav = torch.from_numpy(speech_like(0.6))[None, : 50 * head.hop_size].double()
     spectrum = head.stft(F.pad(wav, head.stft.margins))
@@ -325,7 +325,7 @@ def test_the_phase_of_nearly_cancelling_frames_counts_less():
 def test_a_sample_depends_on_the_frames_of_the_receptive_field(
     tmp_path, steps, changes, excitation, field
 ):
-    """Here, on the F0 without the refiner. Besides, phases depend on all frames to the anchor."""
+    """The refiner is switched off. Phases also depend on the F0 of all frames up to the anchor."""
     generator = Generator(frame_rate(tmp_path, griffin_lim_steps=steps, **changes)).double()
     head, frame = generator.eval().requires_grad_(False).head, 20
     assert generator.receptive_field == field

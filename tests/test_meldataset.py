@@ -177,7 +177,7 @@ def test_the_mel_loss_teaches_the_generated_side_only(tmp_path):
 @recipes
 @pytest.mark.parametrize("hops", [1, 2.7, 6.6, 9.4])
 def test_stretches_of_a_mel_are_those_of_the_whole(tmp_path, recipe, hops):
-    """All stretches: single frames, starts, middles and ends; n_fft is four hops."""
+    """Tests all stretches: single frames, starts, middles and ends; n_fft is four hops."""
     h = toy_config(tmp_path, **recipe)
     log_mel = LogMelSpectrogram(h, h.fmax)
     wav = torch.from_numpy(speech_like(1)[-int(hops * h.hop_size) :].copy())
@@ -474,7 +474,7 @@ def test_a_mel_is_found_with_composed_and_decomposed_accents(tmp_path):
 
 @pytest.mark.parametrize("folder_of", ["{}", "{}/../wavs", "b/.."])
 def test_the_mel_of_any_id_is_found_in_mels_dir(tmp_path, folder_of):
-    """Not beside the wav, where another .npy may be."""
+    """It is not looked for beside the wav, where another .npy may be."""
     wavs = {"a": ramp(10 * HOP), "b/a": ramp(10 * HOP)}
     dataset = make_dataset(tmp_path, wavs, {"a": counted(10), "b/a": counted(10) + 100})
     for name in wavs:
