@@ -197,7 +197,7 @@ def audio_seconds(path: str | Path) -> float:
 def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torch.Tensor], None]]:
     """Yields a function that appends a piece [N] of a waveform to a PCM 16 file at `path`.
 
-    Samples are clamped to [-1, 1]; 1 becomes 32767. The file appears when the block ends without an
+    Samples are converted by `to_pcm16`. The file appears when the block ends without an
     error. Prints a line if more than 1% of the samples were clamped.
 
     Raises:
@@ -212,10 +212,8 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
             raise UserError(
                 f"{path}: not written, the waveform is not finite; is the checkpoint good?"
             )
-        piece = piece.detach().cpu().float()
         samples, clamped = samples + len(piece), clamped + int((piece.abs() > 1).sum())
-        pcm = (piece.clamp(-1, 1) * PCM16_MAX).round().to(torch.int16)
-        file.writeframesraw(pcm.numpy().tobytes())
+        file.writeframesraw(to_pcm16(piece))
 
     # The wave module reports a full disk; soundfile only a "System error".
     with atomic_write(path) as temporary, wave.open(str(temporary), "wb") as file:
@@ -228,6 +226,12 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
                 "clamped; is the mel louder than speech, or computed with other settings?"
             )
         )
+
+
+def to_pcm16(wav: torch.Tensor) -> bytes:
+    """Returns a waveform [N] as 16-bit little-endian PCM, clamped to [-1, 1]; 1 becomes 32767."""
+    pcm = (wav.detach().cpu().float().clamp(-1, 1) * PCM16_MAX).round()
+    return pcm.numpy().astype("<i2").tobytes()
 
 
 def write_wav(path: str | Path, wav: torch.Tensor, sampling_rate: int) -> None:

@@ -144,18 +144,22 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
 def run_meta(config: bytes) -> dict[str, str]:
     """Returns the origin of a run: versions of the code and of torch, command, config."""
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
-        commit = "unknown"
     return {
         "version": version[1],
-        "commit": commit,
+        "commit": commit(),
         "torch": str(torch.__version__),  # a plain string, which loads safely
         "command": " ".join(sys.argv),
         "config": config.decode("utf-8-sig"),
     }
+
+
+def commit() -> str:
+    """Returns the commit of this code, as git describes it, or "unknown"."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
+        return "unknown"
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:

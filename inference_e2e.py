@@ -24,7 +24,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from audio import PCM16_MAX, load_mel, mel_warning, say_mel_warnings
+from audio import load_mel, mel_warning, say_mel_warnings, to_pcm16
 from env import UsageError, UserError
 from inference import Mel, Streamer, add_arguments, start, vocode_files
 from utils import command_line, command_parser, plan_outputs, say
@@ -58,11 +58,11 @@ def wav_header(sampling_rate: int) -> bytes:
     return riff + struct.pack("<4sIHHIIHH", *of_format) + struct.pack("<4sI", b"data", OPEN_LENGTH)
 
 
-def pcm16(wav: torch.Tensor) -> bytes:
-    """Returns a waveform [N] as PCM 16, clamped; raises UserError if it is not finite."""
+def finite_pcm16(wav: torch.Tensor) -> bytes:
+    """Returns a waveform [N] as 16-bit PCM; raises UserError if it is not finite."""
     if not wav.isfinite().all():
         raise UserError("the waveform is not finite; is the checkpoint good?")
-    return (wav.cpu().float().clamp(-1, 1) * PCM16_MAX).round().numpy().astype("<i2").tobytes()
+    return to_pcm16(wav)
 
 
 def pipe_warning(mel: torch.Tensor) -> str | None:
@@ -134,11 +134,11 @@ def vocode_pipe(streamer: Streamer, source: BinaryIO, sink: BinaryIO, max_frames
     error = None
     try:
         for mel in checked(read_frames(source, streamer.num_mels, max_frames)):
-            sink.write(pcm16(streamer.feed(mel)))
+            sink.write(finite_pcm16(streamer.feed(mel)))
             sink.flush()
     except UserError as unusable:
         error = unusable
-    sink.write(pcm16(streamer.flush()))
+    sink.write(finite_pcm16(streamer.flush()))
     sink.flush()
     if error is not None:
         raise error
