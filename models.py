@@ -283,7 +283,7 @@ class ISTFTHead(nn.Module):
             return self._overlap_add(self.to_spectrum(x), self.basis) / window_sum
 
     def to_spectrum(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the real and imaginary parts of the spectrum, [B, n_fft + 2, F], from x [same]."""
+        """Returns real and imaginary parts of the spectrum, [B, n_fft + 2, F], from x [same]."""
         log_magnitude, phase = x.chunk(2, dim=1)
         magnitude, angle = log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase.sin()
         return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
