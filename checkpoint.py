@@ -249,7 +249,7 @@ def _write_pair(state: State, folder: Path) -> None:
         "meta": state.meta,
         **{name: each.state_dict() for name, each in state.more.items()},
     }
-    if not (folder / "config.json").exists():  # the folder was deleted during the run
+    if state.meta and not (folder / "config.json").exists():  # the folder was deleted meanwhile
         write_config(state, folder)
     do_path, g_path = (checkpoint_path(folder, prefix, state.steps) for prefix in ("do", "g"))
     with atomic_write(g_path) as g_file, atomic_write(do_path) as do_file:  # do_* is renamed first

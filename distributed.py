@@ -119,7 +119,7 @@ def check_environment(num_workers: int) -> None:
     missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
     if given and missing:
         raise UsageError(
-            f"{given[0]}={os.environ[given[0]]} is set, but {', '.join(missing)} is not: expected "
+            f"{given[0]}={os.environ[given[0]]} is set, but not {', '.join(missing)}: expected "
             f"all variables of torchrun or none; to train without torchrun, unset {given[0]}"
         )
     for name in given:

@@ -419,7 +419,7 @@ class ExcitationStream:
         head, n = self.head, x.shape[1]
         log_f0, aperiodicity = head.f0_aperiodicity(x.mT)
         if n == 0:
-            nothing = torch.zeros_like(aperiodicity, dtype=torch.complex64)
+            nothing = aperiodicity.to(torch.promote_types(aperiodicity.dtype, torch.complex64))
             return Excitation(nothing, nothing, aperiodicity)
         tracks = torch.cat([log_f0, head.voicing(aperiodicity)])  # [2, n], float64
         f0, phase, voicing = self.windows(tracks)

@@ -11,11 +11,9 @@ completed updates. distill.py runs the same loop with another update.
 
 import argparse
 import contextlib
-import multiprocessing.util
+import multiprocessing
 import os
 import signal
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +23,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from audio import mel_warning
 from checkpoint import (
     NEVER,
     State,
@@ -37,10 +34,8 @@ from checkpoint import (
     save,
 )
 from distributed import (
-    STOP_SIGNALS,
     Stopped,
     StopRequest,
-    agree_on_error,
     check_environment,
     count_processes,
     joined_processes,
@@ -51,9 +46,10 @@ from distributed import (
     sum_over_processes,
     world_size,
 )
-from env import Config, UsageError, UserError, load_config, one_line
+from env import Config, UsageError, UserError, load_config
+from loader import next_batch, training_batches
 from losses import LOSSES, Loss, discriminator_loss, feature_loss, generator_loss, weighted_sum
-from meldataset import MelDataset, ResumableBatchSampler
+from meldataset import MelDataset, check_pairs
 from monitor import Monitor, describe
 from muon import MUON_LR_SCALE, Muon
 from utils import (
@@ -67,11 +63,6 @@ from utils import (
 )
 
 SHOWN_CLIPS = 5  # validation clips that TensorBoard contains, as in HiFi-GAN
-MAX_TMPDIR_BYTES = 60  # data workers add 45 bytes; the path of a socket has at most 107
-WORKERS_NEED = (
-    "out of memory, or /dev/shm is too small or not writable; with num_workers = 0 in the config "
-    "there are no workers"
-)
 
 Losses = dict[str, torch.Tensor]  # scalars by name, on the device
 Update = Callable[[State, torch.Tensor, torch.Tensor], Losses]  # (state, mel, wav) -> losses
@@ -190,91 +181,9 @@ def read_data(a: argparse.Namespace, h: Config) -> tuple[MelDataset, MelDataset]
         validation.whole(index)
     if not len(validation):
         say(f"{a.input_validation_file}: no clips, so no validation")
-    if a.fine_tuning and (reason := mel_warning(clips.whole(0)[0])):
-        say(one_line(f"{clips.mel_path(0)}: {reason}"))
+    if a.fine_tuning and rank() == 0:
+        check_pairs(clips)
     return clips, validation
-
-
-def training_batches(clips: MelDataset, state: State) -> Iterator[list[torch.Tensor]]:
-    """Returns an endless iterator over this process's batches (mel, wav), from `state.steps` on.
-
-    Raises:
-        UserError: data workers cannot be started.
-    """
-    h = state.h
-    sampler = ResumableBatchSampler(
-        len(clips),
-        h,
-        epoch=state.epoch,
-        epoch_step=state.epoch_step,
-        rank=rank(),
-        world_size=world_size(),
-    )
-    # More workers than cores are fine, because they mostly wait.
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
-    loader = torch.utils.data.DataLoader(
-        clips,
-        batch_sampler=sampler,
-        num_workers=h.num_workers,
-        worker_init_fn=_leave_signals_to_parent,
-        pin_memory=state.device.type == "cuda",
-    )
-    try:
-        if h.num_workers > 0:  # they send batches through sockets in a temporary folder
-            if len(os.fsencode(tempfile.gettempdir())) > MAX_TMPDIR_BYTES:
-                tempfile.tempdir = "/tmp"
-            multiprocessing.util.get_temp_dir()  # fails here rather than in a worker, unnoticed
-        batches = iter(loader)
-    except OSError as error:
-        reason = f"data workers cannot be started ({error.strerror or error})"
-        raise UserError(f"{reason}: {WORKERS_NEED}") from None
-    # PyTorch's handler would raise an error for a dead worker at any time, even in an update. By
-    # default it is raised while waiting for the worker's batch.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return batches
-
-
-def _leave_signals_to_parent(_worker: int) -> None:
-    """Lets a data worker ignore stop signals of the process group; its parent needs the data."""
-    os.setpgrp()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends it
-
-
-def next_batch(
-    batches: Iterator[list[torch.Tensor]], stop: StopRequest, monitor: Monitor
-) -> list[torch.Tensor]:
-    """Returns the next (mel, wav), or raises in every process what ends the run.
-
-    Raises:
-        Stopped: a process received a signal.
-        UserError: a clip is unusable, a data worker was killed, or logs cannot be written.
-    """
-    batch, error = None, monitor.error
-    try:
-        if error is None:
-            with stop.interruptible():
-                batch = next(batches)
-    except Stopped:
-        pass
-    except UserError as unusable:  # in a worker; PyTorch puts its traceback before the message
-        error = UserError(str(unusable.args[0]).rsplit("env.UserError: ", 1)[-1])
-    except (RuntimeError, OSError, EOFError, MemoryError) as trouble:
-        if not is_lost_worker(trouble):
-            raise
-        error = UserError(f"a data worker was killed or could not allocate: {WORKERS_NEED}")
-    agree_on_error(None if stop.status else error)  # the signal may have killed the worker, too
-    stop.agree()
-    return batch
-
-
-def is_lost_worker(error: BaseException) -> bool:
-    """Returns True if a data worker was killed or had no memory, shared or not."""
-    # PyTorch raises plain RuntimeErrors. A worker that dies during a transfer breaks a connection.
-    texts = ("DataLoader worker (pid", "shared memory", "</torch_")
-    is_broken = isinstance(error, ConnectionError | EOFError)
-    return is_broken or is_out_of_memory(error) or any(text in str(error) for text in texts)
 
 
 # ----------------------------------------------------------------------------------------- update
@@ -412,12 +321,17 @@ def run(
         return 0
     stop, reason = StopRequest(), None
     with raise_on_all_ranks():
-        batches = training_batches(clips, state)
+        batches = training_batches(
+            clips,
+            epoch=state.epoch,
+            epoch_step=state.epoch_step,
+            pin_memory=state.device.type == "cuda",
+        )
     monitor = Monitor(state, folder, losses=losses, last_step=last_step, eval_metrics=eval_metrics)
     with contextlib.closing(monitor):
         try:
             while state.steps < last_step:
-                mel, wav = (x.to(state.device) for x in next_batch(batches, stop, monitor))
+                mel, wav = (x.to(state.device) for x in next_batch(batches, stop, monitor.error))
 
                 found = update(state, mel, wav)  # the discriminator step, the generator step
                 state.count_update(found, steps_per_epoch)
