@@ -24,6 +24,7 @@ from inference import load_generator
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
 from models import Generator
 from onnx_graph import GraphGenerator
+from onnx_stream import StreamGenerator
 from utils import atomic_write, command_line, command_parser
 
 if TYPE_CHECKING:
@@ -91,6 +92,26 @@ def to_onnx(generator: Generator, h: Config) -> "onnx.ModelProto":
     )
     if not is_frame_rate(generator):  # its pulses would begin anew in each chunk
         add_metadata(model, receptive_field=json.dumps(generator.receptive_field))
+    describe_mel(model, h)
+    return model
+
+
+def to_stream_onnx(generator: Generator, h: Config, frames: int) -> "onnx.ModelProto":
+    """Returns `generator` in ONNX for pieces of `frames` frames, with explicit state."""
+    stream = StreamGenerator(generator, h, frames)
+    names = stream.state_names
+    model = trace(
+        stream,
+        (torch.zeros(1, h.num_mels, frames), *stream.initial_state),
+        input_names=["mel", *names],
+        output_names=["wav", *(f"next.{name}" for name in names)],
+    )
+    state = {
+        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in zip(names, stream.initial_state, strict=True)
+    }
+    latency = str(stream.latency_samples)
+    add_metadata(model, frames=str(frames), latency_samples=latency, state=json.dumps(state))
     describe_mel(model, h)
     return model
 

@@ -370,6 +370,10 @@ class GraphSource(nn.Module):
         self.sampling_rate = head.pulse_train.sampling_rate
         self.register_buffer("log_f0_candidates", head.log_f0_candidates[None])
         self.register_buffer("weights", head.pulse_train.weights[::2].float())
+        # From the centre of a frame to that of the next, the weights of the next, in float64.
+        half = (head.hop_size + 1) // 2
+        later = torch.cat([head.pulse_train.weights[2, half:], head.pulse_train.weights[1, :half]])
+        self.register_buffer("later", later)
         noise = head.noise.roll(self.margins[0]).reshape(-1, head.hop_size)
         self.register_buffer("noise", noise)
 
