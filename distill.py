@@ -1,69 +1,79 @@
-"""Teaches a generator what a trained one does: no adversary, and any speech will do.
+"""Distils a trained vocoder into a lighter one, without discriminators and on any speech.
 
     python distill.py --teacher_file hifigan/g_02500000 --config config_v1.json \\
         --checkpoint_path cp_distilled --precision bf16 --training_steps 20000
     python distill.py --teacher_file pretrained/frame_v2_universal/g_* \\
         --config configs/frame_v3.json --checkpoint_path cp_light --precision bf16
 
-A MISR learns from a HiFi-GAN, stage by stage. It begins with the teacher's conv_pre, ups and
-conv_post, which stay, and with the MRF's block of its own kernel size as the shared block. Each
-MISR is then given what the teacher's MRF of its stage is given, and learns to give what that gives:
+A MISR is trained stage by stage on a HiFi-GAN. It starts with the teacher's conv_pre, ups and
+conv_post, which stay fixed, and its shared blocks start as the MRF's blocks of their kernel size.
+Each MISR receives the input of the teacher's MRF and is trained to produce the MRF's output:
 
     teacher   mel -> conv_pre -> up -> MRF -> up -> MRF -> ... -> conv_post -> wav
                                   |     ^      |     ^
     student                       +-> MISR     +-> MISR      each alone, all in one update
 
-and all of them in a row, each given what the one before has made, learn to make a waveform of the
-teacher's mel, because small errors add up and cost energy.
+Small errors of the stages add up. So the chain of all MISRs, each fed by the one before, is also
+trained on a mel loss against the teacher's waveform.
 
-A light generator at the mel's own rate learns from a larger one: the voice that it hears in a mel
-and, of the same pulses and noise, the magnitudes that it makes.
+A frame-rate generator is trained on a larger one: on its F0 and aperiodicity and, for the same
+excitation, on its log magnitudes.
 
-The teacher answers any mel, so mels at other levels cost nothing. `g_*` files hold a running
-average of the student, which validation hears; train.py goes on from them.
+The teacher provides targets for any mel, so the mels are also scaled to other levels. `g_*` files
+contain a running average of the student's weights. train.py can resume such a run.
 """
 
-import argparse
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import State, build_state
-from distributed import as_ddp, rank, world_size
+from checkpoint import State, build_state, locked, resume_or_start, run_meta
+from distributed import (
+    as_ddp,
+    count_processes,
+    joined_processes,
+    launch,
+    raise_on_all_ranks,
+    rank,
+    select_device,
+    world_size,
+)
 from env import Config, UserError
 from harmonic import random_phase_state
-from inference import load_generator
-from inference import to_inference as as_speaker
-from launch import add_arguments, launch_or_train
-from loop import Losses, Update
-from losses import MelLoss
+from inference import load_generator, to_inference
+from losses import LOSSES, Loss, MelLoss
 from meldataset import SILENT_LOG_MEL
 from models import LRELU_SLOPE, Generator, fuse
-from muon import RATE, Muon
-from utils import command_line, command_parser, say
-from weights import load_matching, mrf_as_misr, to_hifigan_names, to_native_names
+from monitor import describe
+from muon import MUON_LR_SCALE, Muon
+from train import Losses, add_arguments, read_config, read_data, run, schedule_of
+from utils import command_line, command_parser, say, say_if_slow
+from weights import load_matching, mrf_as_misr
 
-# The recipe, found by measurement: docs/distillation.md has what else was tried.
+# The recipe was found by measurement; docs/distillation.md lists what else was tried.
 WARM_UP = 50  # updates
 MAX_GRADIENT_NORM = 5.0
-# The mel loss of the whole, beside the errors of the stages, from this share of the run on, or from
-# a warm start on: while stages err much, it spoils the sound. A run whose end is open counts as one
-# of 5,000 updates.
+# The mel loss of the whole generator is added from this share of the run on, or at once after a
+# warm start. Earlier it harms the sound, because the stages still have large errors. A run without
+# --training_steps counts as one of OPEN_RUN updates.
 WHOLE_FROM, OPEN_RUN = 0.7, 5000
-AVERAGE = 0.99  # of the weights, from one update to the next
-QUIETEST_GAIN = math.log(0.1)  # of mels, whose levels vary
-QUIET_FRAME = 0.05  # of the mean size of a frame: where relative errors begin to be relative to it
+AVERAGE = 0.99  # decay of the running average of weights, per update
+MIN_LOG_GAIN = math.log(0.1)  # of the levels to which mels are scaled
+QUIET_FRAME = 0.05  # times the mean size of a frame: added to the divisor of relative errors
 
-FRAME_ERRORS = ("pitch", "noise", "log_magnitude")
-WEIGHTS = {"gen_loss_mel": 0.3, "pitch": 2.0, "noise": 2.0}  # of errors; of the others 1
+FRAME_RATE_LOSSES = (
+    Loss("f0", "F0"),
+    Loss("aperiodicity", "Aperiodicity"),
+    Loss("log_magnitude", "Log Magnitude"),
+)
+WEIGHTS = {"gen_loss_mel": 0.3, "f0": 2.0, "aperiodicity": 2.0}  # 1 for other losses
+OUTER_LAYERS = ("conv_pre", "ups", "conv_post")
 
-# What both must have in common: the mel and, for the student's stages to be the teacher's, widths.
+# Keys in which teacher and student must agree; those of widths for training stage by stage.
 MEL_KEYS = ("num_mels", "n_fft", "hop_size", "win_size", "sampling_rate", "fmin", "fmax")
 WIDTH_KEYS = (
     *("upsample_rates", "upsample_kernel_sizes", "upsample_initial_channel"),
@@ -72,7 +82,7 @@ WIDTH_KEYS = (
 
 
 def check_teacher(teacher: Config, student: Config, path: Path) -> None:
-    """Raises UserError, naming the first key, where the two do not correspond."""
+    """Raises UserError if a teacher, read from `path`, cannot train a student; names the key."""
     if teacher.is_frame_rate != student.is_frame_rate:
         theirs, ours = ("with" if h.is_frame_rate else "without" for h in (teacher, student))
         raise UserError(
@@ -81,8 +91,8 @@ def check_teacher(teacher: Config, student: Config, path: Path) -> None:
         )
     if not (student.uses_misr or student.is_frame_rate):
         raise UserError(
-            f"{path}: teaches a MISR only, and the student's config has resblock_kernel_sizes; "
-            "take config_v1.json or config_v2.json"
+            f"{path}: can train a MISR only, and the student's config has resblock_kernel_sizes; "
+            "use config_v1.json or config_v2.json"
         )
     theirs, ours = asdict(teacher), asdict(student)
     for key in MEL_KEYS if student.is_frame_rate else MEL_KEYS + WIDTH_KEYS:
@@ -94,30 +104,14 @@ def check_teacher(teacher: Config, student: Config, path: Path) -> None:
             )
 
 
-def init_from_teacher(student: Generator, teacher: Generator, h: Config) -> dict[str, torch.Tensor]:
-    """Gives the student the teacher's outer layers, which stay, and its block of that kernel.
-
-    Returns the outer layers.
-    """
-    weights, note = mrf_as_misr(to_hifigan_names(teacher), h)
-    own = student.state_dict()
-    fitting = {
-        key: value
-        for key, value in to_native_names(weights, student).items()
-        if key in own and own[key].shape == value.shape
-    }
-    student.load_state_dict(own | fitting)
-    for layer in (student.conv_pre, student.ups, student.conv_post):
-        layer.requires_grad_(False)
-    say(f"{len(fitting)} of {len(own)} tensors from the teacher{note}")
-    return {key: value for key, value in fitting.items() if not key.startswith("resblocks.")}
+# ----------------------------------------------------------------------------------------- losses
 
 
 def distance(y: torch.Tensor, target: torch.Tensor, frame: int) -> torch.Tensor:
-    """How far y is from the target, both [B, C, T], as a share of the target's size: a scalar.
+    """Returns the mean of two relative L1 distances of y to the target, both [B, C, T]: a scalar.
 
-    The mean of two relative L1 distances: over everything, and with each mel frame, which is
-    `frame` samples, weighed alike, so that quiet ones count too.
+    The first is over all values. The second is the mean over mel frames, `frame` samples each, so
+    that quiet frames count as much as loud ones.
     """
     y, target = y.float(), target.float()
     error, size = (x.abs().mean(1).unfold(1, frame, frame).mean(-1) for x in (y - target, target))
@@ -126,215 +120,250 @@ def distance(y: torch.Tensor, target: torch.Tensor, frame: int) -> torch.Tensor:
 
 
 class StagewiseLoss(nn.Module):
-    """The student's errors for a mel [B, num_mels, T]: of stages, [stages, 2]; of the whole, [].
+    """The errors of a student's stages, [stages, 2], and the mel loss of its whole, [].
 
-    Of a stage, the first is the error of what its MISR gives for what the teacher's MRF is given;
-    the second what is left of it after the teacher's next layer, where it matters: the next
-    transposed convolution or, after the last, conv_post. Of the whole: the mel loss between the
-    teacher's waveform and the student's own, for which each stage is given what the one before has
-    made; None where that is not asked for.
+    forward(mel [B, num_mels, T], with_whole). The first error of a stage is the distance of its
+    MISR's output to the MRF's, for the MRF's input. The second is the distance after the teacher's
+    next layer: the next transposed convolution or conv_post. The mel loss, None without
+    `with_whole`, compares the teacher's waveform with that of the chain of the student's stages.
     """
 
     def __init__(self, student: Generator, teacher: Generator, h: Config, autocast: torch.autocast):
         super().__init__()
-        self.student, self.autocast, self.mel_loss = student, autocast, MelLoss(h)
-        self.teacher = [teacher]  # hidden: it has nothing to learn or to save
-        self.frames = [
+        self.student, self.teacher, self.autocast = student, teacher, autocast
+        self.mel_loss = MelLoss(h)
+        self.frames = [  # samples per mel frame, after each stage
             math.prod(h.upsample_rates[: stage + 1]) for stage in range(len(h.upsample_rates))
         ]
 
     def forward(
         self, mel: torch.Tensor, with_whole: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        (teacher,) = self.teacher
-        errors, B = [], len(mel)
+        teacher, errors, B = self.teacher, [], len(mel)
         with torch.no_grad():
-            heard = teacher.ups[0](F.leaky_relu(teacher.first(mel), LRELU_SLOPE))
+            stage_input = teacher.ups[0](F.leaky_relu(teacher.first(mel), LRELU_SLOPE))
         for stage, (_, blocks) in enumerate(teacher.stages()):
             up = teacher.ups[stage + 1] if stage + 1 < len(teacher.ups) else None
             with torch.no_grad():
-                expected = fuse(blocks, heard[:B])
-                expected_next = self.after(expected, up)
+                expected = fuse(blocks, stage_input[:B])
+                expected_next = self.next_layer(expected, up)
             with self.autocast:
-                y = self.student.resblocks[stage](heard)
-            y_next = self.after(y, up)
-            frame, rate = self.frames[stage], (self.frames + self.frames[-1:])[stage + 1]
+                y = self.student.resblocks[stage](stage_input)
+            y_next = self.next_layer(y, up)
+            frame, next_frame = self.frames[stage], (self.frames + self.frames[-1:])[stage + 1]
             errors += [
                 distance(y[:B], expected, frame),
-                distance(y_next[:B], expected_next, rate),
+                distance(y_next[:B], expected_next, next_frame),
             ]
-            heard = expected_next  # by the teacher; and by the student
-            if with_whole:
-                heard = torch.cat((heard, y_next[-B:]))
+            stage_input = expected_next
+            if with_whole:  # the student's own chain is the second half of the batch
+                stage_input = torch.cat((expected_next, y_next[-B:]))
         errors = torch.stack(errors).reshape(-1, 2)
         if not with_whole:
             return errors, None
-        head = teacher.istft or torch.tanh
-        wav, wav_hat = head(heard.float()).squeeze(1).split(B)
+        wav, wav_hat = teacher.head(stage_input.float(), mel).squeeze(1).split(B)
         return errors, self.mel_loss(wav_hat, wav)
 
-    def after(self, x: torch.Tensor, up: nn.Module | None) -> torch.Tensor:
-        """x after the teacher's next layer."""
-        (teacher,) = self.teacher
+    def next_layer(self, x: torch.Tensor, up: nn.Module | None) -> torch.Tensor:
+        """Applies the teacher's next layer to x: `up`, or conv_post after the last stage."""
         if up is None:
-            return teacher.last(x.to(teacher.conv_post.bias.dtype))
+            return self.teacher.last(x.to(self.teacher.conv_post.bias.dtype))
         return up(F.leaky_relu(x.to(up.bias.dtype), LRELU_SLOPE))
 
 
 class HarmonicLoss(nn.Module):
-    """The student's errors for a mel [B, num_mels, T], as FRAME_ERRORS: [3].
+    """The errors of a frame-rate student, mel [B, num_mels, T] -> FRAME_RATE_LOSSES, [3].
 
-    Both work at the mel's own rate. The mean distances of log pitch, the more voiced a frame the
-    more it counts, of the share of noise, and of log magnitudes. These both give to the teacher's
-    pulses and noise: so there is one right answer, whatever the chance in them.
+    They are the L1 distances of log F0, weighted by the voicing of each frame, of aperiodicity, and
+    of log magnitudes. Student and teacher get the teacher's excitation for the log magnitudes, so
+    that the random phases do not matter.
     """
 
     def __init__(self, student: Generator, teacher: Generator, autocast: torch.autocast):
         super().__init__()
-        self.student, self.autocast = student, autocast
-        self.teacher = [teacher]  # hidden, as in StagewiseLoss
+        self.student, self.teacher, self.autocast = student, teacher, autocast
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        (teacher,) = self.teacher
+        student, teacher = self.student, self.teacher
         with torch.no_grad():
             x = teacher.features(mel)
-            sources = teacher.head.sources(x, random_phase_state(mel))
-            _, expected = teacher.head.spectrum(x, mel, sources)
+            target_f0, target_aperiodicity = teacher.head.f0_aperiodicity(x)
+            excitation = teacher.head.excitation(x, random_phase_state(mel))
+            _, target_magnitude = teacher.head.spectrum(x, mel, excitation)
         with self.autocast:
-            x = self.student.features(mel)
-            log_f0, noise = self.student.head.voice(x)
-            _, log_magnitude = self.student.head.spectrum(x, mel, sources)
-        voice = sources.voice
-        voiced = teacher.head.voiced(voice.noise)
-        pitch = (voiced * (log_f0 - voice.log_f0).abs()).sum() / voiced.sum().clamp(min=1)
-        others = F.l1_loss(noise, voice.noise), F.l1_loss(log_magnitude, expected)
-        return torch.stack([pitch.float(), *others])
+            x = student.features(mel)
+            log_f0, aperiodicity = student.head.f0_aperiodicity(x)
+            _, log_magnitude = student.head.spectrum(x, mel, excitation)
+        voicing = teacher.head.voicing(target_aperiodicity)
+        f0_error = (voicing * (log_f0 - target_f0).abs()).sum() / voicing.sum().clamp(min=1)
+        aperiodicity_error = F.l1_loss(aperiodicity, target_aperiodicity)
+        magnitude_error = F.l1_loss(log_magnitude, target_magnitude)
+        return torch.stack([f0_error.float(), aperiodicity_error, magnitude_error])
+
+
+# ------------------------------------------------------------------------------------- the update
+
+
+def init_from_teacher(student: Generator, teacher: Generator, h: Config) -> None:
+    """Loads the teacher's layers that fit into the student, both without weight norm."""
+    weights, note = teacher.state_dict(), ""
+    if not h.is_frame_rate:
+        weights, note = mrf_as_misr(weights, h)
+    taken, left = load_matching(student, weights)
+    say(f"{len(taken)} of {len(taken) + len(left)} layers from the teacher{note}")
 
 
 class Distillation:
-    """The update of distill.py, and what it owns beyond train.py's state.
+    """The update of distill.py, with the student and its optimizer.
 
-    `state.generator` becomes the average of the student's weights: what is validated and saved as
-    `g_*`. The student itself and its optimizers are in `do_*`.
+    `state.generator` is the running average of the student's weights: it is validated and saved as
+    `g_*`. The student and the optimizer are saved in `do_*`.
     """
 
     def __init__(self, state: State, teacher: Generator, last_step: int | None, is_warm: bool):
-        self.last_step, h = last_step, state.h
+        h = state.h
+        self.last_step = last_step
         self.whole_from = 0 if is_warm else WHOLE_FROM * (last_step or OPEN_RUN)
         torch.manual_seed(h.seed)
-        student = Generator(h).to(state.device)
-        for generator in (student, state.generator):
+        self.student, self.teacher = Generator(h).to(state.device), teacher
+        for generator in (self.student, state.generator, teacher):
             generator.remove_weight_norm()
-        if h.is_frame_rate:
-            taken, _ = load_matching(student, teacher.state_dict())
-            say(f"{len(taken)} layers from the teacher")
-            self.outer_layers = {}
-            lesson = HarmonicLoss(student, teacher, state.autocast())
-        else:
-            self.outer_layers = init_from_teacher(student, teacher, h)
-            lesson = StagewiseLoss(student, teacher, h, state.autocast())
-        as_speaker(teacher, state.device, state.precision)
-        state.generator.load_state_dict(student.state_dict())
-        learnt = [p for p in student.parameters() if p.requires_grad]
-        self.learnt, self.student = learnt, student
-        self.muon = Muon(learnt, RATE * h.learning_rate, betas=(h.adam_b1, h.adam_b2))
-        state.more = {"student": student, "muon": self.muon}
-        self.lesson = lesson.to(state.device)
+        init_from_teacher(self.student, teacher, h)
+        state.generator.load_state_dict(self.student.state_dict())
+        # A copy in full precision, because to_inference may turn the teacher into bfloat16.
+        self.outer_layers = {
+            key: value.clone()
+            for key, value in teacher.state_dict().items()
+            if not h.is_frame_rate and key.startswith(OUTER_LAYERS)
+        }
+        for layer in OUTER_LAYERS if self.outer_layers else ():
+            self.student.get_submodule(layer).requires_grad_(False)
+        to_inference(teacher, state.device, state.precision)
+        self.trained = [p for p in self.student.parameters() if p.requires_grad]
+        lr = MUON_LR_SCALE * h.learning_rate
+        self.muon = Muon(self.trained, lr, betas=(h.adam_b1, h.adam_b2))
+        state.more = {"student": self.student, "muon": self.muon}
+        loss = (
+            HarmonicLoss(self.student, teacher, state.autocast())
+            if h.is_frame_rate
+            else StagewiseLoss(self.student, teacher, h, state.autocast())
+        )
+        self.loss = loss.to(state.device)
 
-    def start(self, state: State, compiled: bool) -> Update:
-        """Begins where `state` stands after a warm start, or after a resume; gives the update."""
+    def start(self, state: State, compiled: bool) -> None:
+        """Completes the setup after a resume or a warm start has changed the weights."""
         if state.steps == 0:
             self.student.load_state_dict(state.generator.state_dict())
-        for generator in (self.student, state.generator):  # whose blocks may be of another teacher
+        for generator in (self.student, state.generator):  # files may be of another teacher
             generator.load_state_dict(generator.state_dict() | self.outer_layers)
         if compiled:
-            self.lesson.compile()
-        self.lesson = as_ddp(self.lesson, state.device)
-        return self.update
+            self.loss.compile()
+        self.loss = as_ddp(self.loss, state.device)
 
     def update(self, state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
-        """One step; the teacher alone says what is right, so `wav` is not looked at.
-
-        Args:
-            mel: [B, num_mels, T].
-        """
-        rate = self.rate(state)
-        for optimizer in (self.muon, state.optim_g):  # of which the second shows it to the monitor
+        """Updates the student on mel [B, num_mels, T]; `wav` is not used."""
+        lr = self.learning_rate(state)
+        for optimizer in (self.muon, state.optim_g):  # the monitor reads optim_g's
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = lr
         errors = self.errors(at_other_levels(mel, state), state)
         loss = sum(WEIGHTS.get(name, 1.0) * error for name, error in errors.items())
         self.student.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.learnt, MAX_GRADIENT_NORM)
+        norm = nn.utils.clip_grad_norm_(self.trained, MAX_GRADIENT_NORM)
         self.muon.step()
         self.average(state)
         losses = {"gen_loss_total": loss, "gradient_norm_student": norm} | errors
         return {name: value.detach() for name, value in losses.items()}
 
     def errors(self, mel: torch.Tensor, state: State) -> Losses:
-        """The student's errors for a mel [B, num_mels, T], by the names that the terminal shows."""
+        """Returns the student's errors for mel [B, num_mels, T], by name."""
         if state.h.is_frame_rate:
-            return dict(zip(FRAME_ERRORS, self.lesson(mel), strict=True))
-        of_stages, of_whole = self.lesson(mel, state.steps >= self.whole_from)
+            names = [loss.name for loss in FRAME_RATE_LOSSES]
+            return dict(zip(names, self.loss(mel), strict=True))
+        of_stages, of_whole = self.loss(mel, state.steps >= self.whole_from)
         errors = {} if of_whole is None else {"gen_loss_mel": of_whole}
         for stage, row in enumerate(of_stages, start=1):
             errors[f"stage_{stage}"], errors[f"stage_{stage}_next"] = row
         return errors
 
-    def rate(self, state: State) -> float:
-        """Up in WARM_UP updates and, where --training_steps ends the run, down to 0 by a cosine."""
+    def learning_rate(self, state: State) -> float:
+        """Returns the learning rate: a linear warm-up, then a cosine to 0 at --training_steps."""
         progress = state.steps / self.last_step if self.last_step else 0.0
-        rate = RATE * state.h.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return rate * min(1.0, (state.steps + 1) / WARM_UP)
+        lr = MUON_LR_SCALE * state.h.learning_rate
+        lr *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return lr * min(1.0, (state.steps + 1) / WARM_UP)
 
     @torch.no_grad()
     def average(self, state: State) -> None:
-        """Moves the generator towards the student, the faster the fewer updates there were."""
+        """Moves the running average towards the student, faster in the first updates."""
         kept = min(AVERAGE, (state.steps + 1) / (state.steps + 11))
         pairs = zip(state.generator.parameters(), self.student.parameters(), strict=True)
         for average, param in pairs:
             average.lerp_(param, 1 - kept)
 
 
+def printed_losses(h: Config) -> tuple[Loss, ...]:
+    """Returns the declarations of the losses of a distillation."""
+    if h.is_frame_rate:
+        return (*LOSSES, *FRAME_RATE_LOSSES)
+    stages = [f"stage_{stage}" for stage in range(1, len(h.upsample_rates) + 1)]
+    names = [name for stage in stages for name in (stage, f"{stage}_next")]
+    return (*LOSSES, *(Loss(name, printed=name) for name in names))
+
+
 def at_other_levels(mel: torch.Tensor, state: State) -> torch.Tensor:
-    """Log-mels [B, num_mels, T], half of them quieter by a gain that follows from seed and step."""
+    """Returns log-mels [B, num_mels, T], half of them lowered by a gain of (seed, step)."""
     random = torch.Generator().manual_seed(state.h.seed * 1_000_003 + state.steps)
-    # Of the clips of all processes, of which each has its own.
-    gain, chosen = torch.rand(2, len(mel) * world_size(), 1, 1, generator=random).to(mel.device)
-    gain, chosen = (x[rank() :: world_size()] for x in (gain, chosen))
-    gain = torch.where(chosen < 0.5, QUIETEST_GAIN * gain, 0.0)
+    # For the clips of all processes; each process takes its own.
+    gain, choice = torch.rand(2, len(mel) * world_size(), 1, 1, generator=random).to(mel.device)
+    gain, choice = (x[rank() :: world_size()] for x in (gain, choice))
+    gain = torch.where(choice < 0.5, MIN_LOG_GAIN * gain, 0.0)
     return (mel + gain).clamp(min=SILENT_LOG_MEL)
 
 
-def prepare(
-    a: argparse.Namespace, h: Config, device: torch.device
-) -> tuple[State, Callable[[], Update]]:
-    """A state with a student of --teacher_file, and what gives the update that teaches it."""
-    teacher, its_h = load_generator(a.teacher_file)
-    check_teacher(its_h, h, a.teacher_file)
-    state = build_state(replace(h, discriminator_train_start_steps=None), device, a.precision)
-    distillation = Distillation(state, teacher, a.training_steps, is_warm=bool(a.warm_start))
-    return state, partial(distillation.start, state, a.compile)
+# ------------------------------------------------------------------------------------------- main
 
 
 def main() -> int:
-    """Distils a generator."""
+    """Parses the flags, builds or resumes the state, and distils; returns the exit status."""
     parser = command_parser(
-        "Teaches a generator what a trained one does. Run it again to resume; Ctrl-C saves and\n"
+        "Distils a trained vocoder into a lighter one. Run it again to resume. Ctrl-C saves and\n"
         "stops.",
         example="python distill.py --teacher_file hifigan/g_02500000 --config config_v1.json \\\n"
         "    --checkpoint_path cp_distilled --precision bf16 --training_steps 20000",
     )
-    parser.add_argument(
-        "--teacher_file",
-        type=Path,
-        metavar="FILE",
-        required=True,
-        help="the generator to learn from, g_*, with its config.json beside it",
-    )
+    help_ = "the generator to distil, g_*, with its config.json beside it"
+    parser.add_argument("--teacher_file", type=Path, metavar="FILE", required=True, help=help_)
     add_arguments(parser)
-    return launch_or_train(parser.parse_args(), prepare)
+    a = parser.parse_args()
+    folder, processes = Path(a.checkpoint_path), count_processes(a.device)
+    if processes > world_size():
+        read_config(a.config, processes)  # an error is printed once, before processes start
+        return launch(processes)
+    device, h = select_device(a.device), read_config(a.config, processes, say)
+    say_if_slow(a.precision, device)
+    with joined_processes(device):
+        with raise_on_all_ranks():
+            teacher, teacher_h = load_generator(a.teacher_file)
+            check_teacher(teacher_h, h, a.teacher_file)
+            h = replace(h, discriminator_train_start_steps=None)
+            state = build_state(h, device, a.precision)
+            state.meta = run_meta(Path(a.config).read_bytes())
+            distillation = Distillation(state, teacher, a.training_steps, bool(a.warm_start))
+            clips, validation = read_data(a, h)
+        with locked(folder):
+            resume_or_start(state, folder, warm_start_files=a.warm_start, is_fine_tuning=False)
+            with raise_on_all_ranks():
+                describe(state, clips, a.config, folder)
+            distillation.start(state, a.compile)
+            return run(
+                *(state, clips, validation, distillation.update),
+                schedule=schedule_of(a),
+                folder=folder,
+                eval_metrics=a.eval_metrics,
+                losses=printed_losses(h),
+            )
 
 
 if __name__ == "__main__":

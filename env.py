@@ -147,7 +147,7 @@ def load_config(
     `say` gets one line per note: a MISR config without `misr_merge`; keys that were ignored.
 
     Args:
-        ignore_unknown: ignore unknown keys instead of refusing them, as inference does.
+        ignore_unknown: for inference; unknown keys are ignored, and fmax_for_loss may be missing.
 
     Raises:
         UsageError: unreadable file, unknown or missing key, wrong type or invalid value; the
@@ -155,10 +155,11 @@ def load_config(
     """
     values = _read_json(path)
     unknown = [key for key in values if key not in {field.name for field in fields(Config)}]
-    if ignore_unknown and unknown:
-        values = {key: value for key, value in values.items() if key not in unknown}
-        if say:
-            say(one_line(f"{path}: unknown keys ignored: {', '.join(unknown)}"))
+    if ignore_unknown:
+        known = {key: value for key, value in values.items() if key not in unknown}
+        values = {"fmax_for_loss": None} | known  # some files call it fmax_loss
+    if ignore_unknown and unknown and say:
+        say(one_line(f"{path}: unknown keys ignored: {', '.join(unknown)}"))
     try:
         h = Config(**_typed(values))
     except UsageError as error:

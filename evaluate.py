@@ -1,38 +1,30 @@
-"""Measures generated speech against the recordings that it was made from.
+"""Measures generated speech and compares systems, with tables, JSON and a page to listen to.
 
     python evaluate.py --reference_dir LJSpeech-1.1/wavs --generated_dir generated_files \\
-        --output results.json --plot pictures
+        --output results.json --page listen
 
-Several folders are compared, clip by clip, and heard side by side on a page for any browser:
+Several folders are compared clip by clip. Without --reference_dir, only the metrics that need no
+recording are computed. --help defines each metric. Most of them need an optional library:
 
-    python evaluate.py --reference_dir wavs --generated_dir misrnet hifigan --page listen
-
-`--help` says what each metric is. Their libraries are those of requirements-dev.txt and
-requirements-nodeps.txt; a metric whose library is missing is left out.
+    pip install -r requirements-demo.txt pesq onnxruntime
+    pip install --no-deps -r requirements-nodeps.txt
 """
 
 import argparse
-import itertools
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import soundfile
-import torch
 from tqdm import tqdm
 
-from env import Config, UserError, load_config
-from evaluation.metrics import METRICS, SIDES, Pair, measure
+from env import Config, UsageError, UserError, load_config
+from evaluation.metrics import METRICS, SIDES, Metric, Pair, measure
 from evaluation.page import check_page, write_page
 from evaluation.pairs import (
     DELAY_CLIPS,
@@ -40,12 +32,14 @@ from evaluation.pairs import (
     FilePair,
     constant_delay,
     find_delay,
+    list_files,
     load_pair,
     name_systems,
     pair_files,
     shift,
+    without_reference,
 )
-from evaluation.plots import plot_pair
+from evaluation.parallel import ParallelMap
 from evaluation.report import (
     CONFIDENCE,
     RECORDINGS,
@@ -57,99 +51,16 @@ from evaluation.report import (
     describe_files,
     difference_table,
     file_table,
+    groups_of,
     mean_table,
-    name_troubles,
-    name_unpaired,
+    say_troubles,
+    say_unpaired,
 )
-from utils import (
-    atomic_write,
-    check_inside,
-    command_line,
-    command_parser,
-    end_cleanly_on_sigterm,
-    end_with_parent,
-    positive,
-)
-
-
-def measure_files(
-    files: FilePair,
-    h: Config,
-    plot_dirs: dict[str, Path | None] | None = None,
-    delays: dict[str, int] | None = None,
-) -> FileResult:
-    """Compares two files, and pictures them to `<plot_dir>/<name>.png`.
-
-    A recording beside itself is measured by what needs no reference. By system: `plot_dirs`, and
-    `delays`, the samples by which it lags, which are cut off here.
-    """
-    paths = {side: str(getattr(files, side)) for side in SIDES}
-    result = FileResult(name=files.name, system=files.system, paths=paths)
-    try:
-        wavs = load_pair(files, h)
-    except UserError as error:
-        return replace(result, error=str(error))
-    wavs = shift(wavs, (delays or {}).get(files.system, 0))
-    pair, plot_dir = Pair(**wavs, h=h), (plot_dirs or {}).get(files.system)
-    is_recording = files.reference == files.generated
-    if plot_dir is not None:
-        check_inside(plot_dir, plot_dir / files.name)
-        with atomic_write(plot_dir / f"{files.name}.png") as temporary:
-            plot_pair(pair).savefig(temporary, format="png")
-    chosen = [metric for metric in METRICS if not (is_recording and metric.needs_reference)]
-    samples = len(pair.wavs[0])
-    return replace(
-        result,
-        **vars(measure(pair, chosen)),
-        sampling_rates={
-            side: soundfile.info(os.fsencode(path)).samplerate for side, path in paths.items()
-        },
-        samples=samples,
-        cut_samples={side: len(wav) - samples for side, wav in wavs.items()},
-    )
-
-
-@contextmanager
-def processes(count: int) -> Iterator[Callable]:
-    """Yields a `map` that runs in `count` processes, or in this one, with the same results."""
-    if count <= 1:
-        torch.set_num_threads(1)
-        yield map
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's threads: the workers inherit it
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _prepare_worker)
-
-    def run(function: Callable, items: Iterable) -> Iterator:
-        """The first item alone: numba compiles for it.
-
-        Its cache, written by several processes at once, can make all crash that read it.
-        """
-        items = iter(items)
-        for first in itertools.islice(items, 1):
-            yield pool.submit(function, first).result()
-        yield from pool.map(function, items)
-
-    try:
-        yield run
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker was killed, for memory perhaps; try fewer --workers, 1 to see which file"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _prepare_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
-    end_with_parent()
-
-
-# ------------------------------------------------------------------------------- the command line
+from utils import atomic_write, command_line, command_parser, end_cleanly_on_sigterm, positive
 
 
 def metrics_help() -> str:
-    """METRICS in words."""
+    """Returns METRICS as text."""
     lines = ["metrics:"]
     for metric in METRICS:
         lines.append(
@@ -161,85 +72,117 @@ def metrics_help() -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = command_parser(
-        "Compares generated speech with recordings, file by file, and prints the mean of each\n"
-        f"metric with its {CONFIDENCE:.0%} interval (percentile bootstrap over files, {RESAMPLES} "
-        "resamples), and of\nseveral systems their differences over the same files."
+        "Measures generated speech, most of it against recordings, file by file. Prints the mean\n"
+        f"of each metric with its {CONFIDENCE:.0%} interval (percentile bootstrap over files, "
+        f"{RESAMPLES} resamples) and the\ndifferences of several systems over the same files."
         f"\n\n{metrics_help()}",
         example="python evaluate.py --reference_dir test_files --generated_dir generated_files "
         "--output results.json",
     )
     parser.add_argument(
+        "--generated_dir",
+        nargs="+",
+        metavar="[NAME=]DIR",
+        required=True,
+        help="folders of generated speech, one for each system; files are named <name>, "
+        "<name>_generated or <name>_generated_e2e, in any audio format, in the subfolder of their "
+        "recording",
+    )
+    parser.add_argument(
         "--reference_dir",
         type=Path,
         metavar="DIR",
-        required=True,
-        help="recordings; searched in depth",
+        help="the recordings, searched with subfolders; without it, metrics that need a recording "
+        "are left out",
     )
     parser.add_argument(
-        "--generated_dir",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        required=True,
-        help="their generated partners: <name>, <name>_generated or <name>_generated_e2e, of any "
-        "audio format, in the same subfolder; a column each for several folders",
+        "--unpaired",
+        action="store_true",
+        help="also measure generated files without a recording, such as speech of an acoustic "
+        "model, as a second group with tables of its own",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
         default=Path(__file__).with_name("config_v1.json"),
-        help="JSON config whose sampling_rate and mel are used (default: config_v1.json)",
+        help="JSON config that gives sampling_rate and mel (default: config_v1.json)",
     )
-    parser.add_argument("--output", metavar="JSON", help="file for everything that was found")
-    parser.add_argument(
-        "--plot", type=Path, metavar="DIR", help="folder for a picture of each pair"
-    )
+    parser.add_argument("--output", metavar="JSON", help="file for all results")
     parser.add_argument(
         "--page",
         type=Path,
         metavar="DIR",
         help="folder for a page to listen to, index.html, which any browser opens, offline",
     )
-    parser.add_argument("--per_file", action="store_true", help="print the values of each file too")
+    parser.add_argument(
+        "--about",
+        nargs="+",
+        metavar="NAME=TEXT",
+        default=[],
+        help="one line about each system, for the page",
+    )
+    parser.add_argument("--per_file", action="store_true", help="print the values of each file")
     parser.add_argument(
         "--no_align",
         action="store_true",
-        help=f"do not make up for a constant delay of up to {DELAY_HOPS} hops",
+        help=f"do not compensate a constant delay of up to {DELAY_HOPS} hops",
     )
     parser.add_argument(
         "--workers",
         type=positive,
         metavar="N",
         default=os.cpu_count() or 1,
-        help="processes; the results are the same",
+        help="processes; the results do not depend on them",
     )
     return parser.parse_args()
 
 
-def find_pairs(a: argparse.Namespace) -> tuple[dict[str, System], dict[str, list[FilePair]]]:
-    """The systems, and their pairs, by name; says what has no partner."""
+def find_clips(a: argparse.Namespace) -> tuple[dict[str, System], dict[str, list[FilePair]]]:
+    """Returns the systems and their files, by name; prints which files have no partner."""
     folders = name_systems(a.generated_dir)
-    systems, pairs = {RECORDINGS: System(str(a.reference_dir), {})}, {}
+    if a.reference_dir is None:
+        files = {name: list_files(folder, folders.values()) for name, folder in folders.items()}
+        clips = {name: without_reference(found, name) for name, found in files.items()}
+        return {name: System(str(folder)) for name, folder in folders.items()}, clips
+    systems, clips = {RECORDINGS: System(str(a.reference_dir))}, {}
+    hint = "" if a.unpaired else "; --unpaired measures them without a recording"
     for name, folder in folders.items():
-        given = a.reference_dir, folder, [*folders.values()], name
-        pairs[name], *unpaired = pair_files(*given)
+        clips[name], recordings, generated = pair_files(
+            a.reference_dir, folder, folders.values(), name
+        )
+        unpaired = sorted(map(str, recordings)), sorted(map(str, generated.values()))
         systems[name] = System(str(folder), dict(zip(SIDES, unpaired, strict=True)))
-        name_unpaired(str(a.reference_dir), unpaired[0], str(folder))
-        name_unpaired(str(folder), unpaired[1], str(a.reference_dir))
-    return systems, pairs
+        say_unpaired(str(a.reference_dir), unpaired[0], str(folder))
+        say_unpaired(str(folder), unpaired[1], str(a.reference_dir), hint)
+        clips[name] += without_reference(generated, name) if a.unpaired else []
+    return systems, clips
+
+
+def add_descriptions(systems: dict[str, System], about: list[str]) -> None:
+    """Stores the lines of --about in their systems.
+
+    Raises:
+        UsageError: a line has no name or the name of no system.
+    """
+    for line in about:
+        name, _, text = line.partition("=")
+        if name not in systems or not text:
+            expected = ", ".join(systems)
+            raise UsageError(f"--about {line}: expected NAME=TEXT, NAME one of {expected}")
+        systems[name].about = text
 
 
 def find_delays(
-    pairs: dict[str, list[FilePair]], h: Config, spread: Callable, no_align: bool
+    clips: dict[str, list[FilePair]], h: Config, parallel_map: Callable
 ) -> dict[str, int]:
-    """The constant delay of each system, in samples; says what it is."""
-    if no_align:
-        return dict.fromkeys(pairs, 0)
-    probes = {name: each[:: -(-len(each) // DELAY_CLIPS)] for name, each in pairs.items()}
+    """Returns the constant delay of each system in samples, and prints those that are not 0."""
+    pairs = {name: [f for f in files if f.reference] for name, files in clips.items()}
+    probes = {name: files[:: -(-len(files) // DELAY_CLIPS) or 1] for name, files in pairs.items()}
     files = [probe for each in probes.values() for probe in each]
-    found = dict(zip(files, spread(partial(find_delay, h=h), files), strict=True))
+    found = parallel_map(partial(find_delay, h=h), files, lambda _: None)
+    found = dict(zip(files, found, strict=True))
     delays = {}
     for name, each in probes.items():
         delays[name] = constant_delay([found[probe] for probe in each], h.hop_size)
@@ -248,49 +191,77 @@ def find_delays(
     return delays
 
 
+def measure_files(
+    files: FilePair, h: Config, metrics: list[Metric], delays: dict[str, int]
+) -> FileResult:
+    """Measures two files, or one without a reference by the metrics that need none.
+
+    `delays` has the samples by which each system lags; they are cut off.
+    """
+    result = FileResult(name=files.name, system=files.system, paths=files.paths)
+    try:
+        wavs = load_pair(files, h)
+    except UserError as error:
+        return replace(result, error=str(error))
+    wavs = shift(wavs, delays.get(files.system, 0) if files.reference else 0)
+    pair = Pair(**wavs, h=h)
+    samples = len(pair.wavs[0])
+    return replace(
+        result,
+        **vars(measure(pair, [m for m in metrics if files.reference or not m.needs_reference])),
+        sampling_rates={
+            side: soundfile.info(os.fsencode(path)).samplerate for side, path in files.paths.items()
+        },
+        samples=samples,
+        cut_samples={side: len(wavs[side]) - samples for side in files.paths},
+    )
+
+
+def crashed(files: FilePair) -> FileResult:
+    """Returns the result of files whose process died."""
+    error = f"{files.generated}: its process died: a library crashed, or memory ran out"
+    return FileResult(name=files.name, system=files.system, paths=files.paths, error=error)
+
+
 def measure_all(
-    pairs: dict[str, list[FilePair]],
-    h: Config,
-    spread: Callable,
-    plot_dir: Path | None,
-    delays: dict[str, int],
+    clips: dict[str, list[FilePair]], h: Config, parallel_map: Callable, delays: dict[str, int]
 ) -> list[FileResult]:
-    """The results of the recordings that have a partner, and of every system's pairs."""
-    recordings = {pair.name: pair.reference for each in pairs.values() for pair in each}
-    files = [FilePair(name, path, path, RECORDINGS) for name, path in recordings.items()]
-    if all(metric.needs_reference for metric in METRICS):
-        files = []
-    files += [pair for each in pairs.values() for pair in each]
-    folders = {name: plot_dir / name if plot_dir and len(pairs) > 1 else plot_dir for name in pairs}
-    work = partial(measure_files, h=h, plot_dirs=folders, delays=delays)
-    results = []
-    for result in tqdm(spread(work, files), total=len(files), unit="file", disable=None):
-        # What cannot be read is said, and counts, where its partner is.
-        if not (result.error and result.system == RECORDINGS):
-            name_troubles(result, h)
+    """Returns the results of all files, and of the recordings that have a partner."""
+    files = [each for found in clips.values() for each in found]
+    recordings = {each.name: each.reference for each in files if each.reference}
+    if not all(metric.needs_reference for metric in METRICS):
+        files += [FilePair(name, None, path, RECORDINGS) for name, path in recordings.items()]
+    work = partial(measure_files, h=h, metrics=METRICS, delays=delays)
+    found = parallel_map(work, files, crashed)
+    results, errors = [], set()
+    for result in tqdm(found, total=len(files), unit="file", disable=None):
+        # The error of a recording was printed with its pair.
+        if result.system != RECORDINGS or result.error not in errors:
+            say_troubles(result, h)
             results.append(result)
+            errors |= {result.error} - {""}
     return results
 
 
 def main() -> int:
-    """Prints tables in markdown; returns 1 where a file had to be skipped."""
+    """Prints tables in markdown. Returns 1 if a file was skipped."""
     a = parse_arguments()
     end_cleanly_on_sigterm()
-    sys.stdout.reconfigure(errors="replace")  # a terminal without arrows shall not end the run
+    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot print arrows
     h = load_config(a.config)
-    systems, pairs = find_pairs(a)
+    systems, clips = find_clips(a)
+    add_descriptions(systems, a.about)
     if a.page:
-        check_page(a.page, [a.reference_dir, *a.generated_dir])
-    with processes(min(a.workers, sum(map(len, pairs.values())))) as spread:
-        delays = find_delays(pairs, h, spread, a.no_align)
-        results = measure_all(pairs, h, spread, a.plot, delays)
+        check_page(a.page, [Path(system.folder) for system in systems.values()])
+    with ParallelMap(min(a.workers, sum(map(len, clips.values())))) as parallel_map:
+        delays = {} if a.no_align else find_delays(clips, h, parallel_map)
+        results = measure_all(clips, h, parallel_map, delays)
     for name, delay in delays.items():
         systems[name].delay_samples = delay
     report = build_report(results, h, systems, METRICS)
-    for name in pairs:
+    for name in clips:
         print(describe_files(report, name), file=sys.stderr)
-    tables = [file_table(report) if a.per_file else "", mean_table(report)]
-    print("\n\n".join(table for table in (*tables, difference_table(report)) if table))
+    print_tables(report, a.per_file)
     if a.output:
         with atomic_write(a.output) as temporary:
             temporary.write_text(json.dumps(report, indent=2, allow_nan=False), encoding="utf-8")
@@ -298,6 +269,16 @@ def main() -> int:
         write_page(a.page, report, h)
         print(f"open {a.page / 'index.html'}", file=sys.stderr)
     return 1 if report["skipped"] else 0
+
+
+def print_tables(report: dict, per_file: bool) -> None:
+    """Prints the tables of each group of clips in markdown."""
+    blocks = []
+    for group in groups_of(report):
+        blocks += ["Without a recording:"] if group is not report else []
+        blocks += [file_table(group)] if per_file else []
+        blocks += [mean_table(group), difference_table(group)]
+    print("\n\n".join(filter(None, blocks)))
 
 
 if __name__ == "__main__":

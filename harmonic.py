@@ -187,17 +187,18 @@ class HarmonicNoiseHead(nn.Module):
         Each step takes the phase of the STFT of the waveform, extrapolated by the momentum.
         """
         normaliser = self.stft.normaliser(magnitude.shape[1])
+        floor = magnitude_floor(magnitude)
         with torch.no_grad():
             phase = previous = spectrum * (magnitude / _magnitude(spectrum))
             steps = min(self.griffin_lim_steps, MAX_TRAINING_STEPS if self.training else 2**31)
             for step in range(steps):
-                wav = self.stft.inverse(with_magnitude(phase, magnitude)) * normaliser
+                wav = self.stft.inverse(with_magnitude(phase, magnitude, floor)) * normaliser
                 spectrum = self.stft(wav)
                 phase = spectrum
                 if step > 0:
                     phase = torch.lerp(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
                 previous = spectrum
-        wav = self.stft.inverse(with_magnitude(phase, magnitude)) * normaliser
+        wav = self.stft.inverse(with_magnitude(phase, magnitude, floor)) * normaliser
         before, after = self.stft.margins
         return wav[:, None, before : wav.shape[1] - after]
 
@@ -473,15 +474,19 @@ def mel_to_bins(filterbank: torch.Tensor) -> torch.Tensor:
     return weights / weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-def with_magnitude(x: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Returns complex numbers with the phase of x and a magnitude, both [...].
+def with_magnitude(x: torch.Tensor, magnitude: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """Returns complex numbers [...] with the phase of x [...] and a magnitude [...].
 
-    Where |x| is small beside the magnitude, its phase is noise and rounding would turn it; the
-    result is then smaller, too (PHASE_SOFTNESS).
+    Where |x| is small beside the magnitude, its phase is noise and rounding would turn it. The
+    floor of |x|^2, from `magnitude_floor`, makes the result smaller there.
     """
-    floor = PHASE_SOFTNESS * magnitude.square() + EPSILON**2
     power = torch.add(floor, _power(x), alpha=1 - PHASE_SOFTNESS)
     return x * (magnitude * power.rsqrt())
+
+
+def magnitude_floor(magnitude: torch.Tensor) -> torch.Tensor:
+    """Returns the `floor` of `with_magnitude` for a magnitude [...]."""
+    return PHASE_SOFTNESS * magnitude.square() + EPSILON**2
 
 
 def _magnitude(x: torch.Tensor) -> torch.Tensor:

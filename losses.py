@@ -1,4 +1,10 @@
-"""All losses but distillation's."""
+"""All losses but distillation's, and their declarations.
+
+To add a loss: declare it in LOSSES, add its weight to Config, compute it in train.py. Its name on
+the terminal, its weight and the right of a resumed run to change that weight follow.
+"""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -6,19 +12,51 @@ from torch import nn
 
 from env import Config
 from meldataset import LogMelSpectrogram, MelRecipe
-from pitch import PitchEstimator, Voice
+from pitch import PitchEstimator
 from weights import at_least_fp32
 
-LASTING = 16  # frames over which bins are averaged in an energy distance
-REPULSION = 0.5  # of two draws; 1 makes more noise than one likes to hear
-VOICED = 0.5  # the periodicity from which the pitch of a frame counts, the more the higher
-EDGE = 4  # frames at either end of a segment, whose windows reach beyond it
+
+class Loss(NamedTuple):
+    """The declaration of a loss."""
+
+    name: str  # key in the losses of an update; TensorBoard's tag is training/<name>
+    printed: str | None = None  # name on the terminal; None: only TensorBoard has it
+    weight: str | None = None  # key of its weight in the config; None: the weight is 1
 
 
-def discriminator_loss(real_scores: list, fake_scores: list) -> torch.Tensor:
-    """LSGAN: real scores to 1, fake ones to 0; summed over the discriminators (HiFi-GAN, eq. 1).
+LOSSES = (
+    Loss("gen_loss_total", "Gen Loss Total"),
+    Loss("disc_loss_total", "Disc Loss Total"),
+    Loss("mel_spec_error", "Mel-Spec. Error", weight="lambda_mel"),
+    Loss("gen_loss_mel", "Mel Loss", weight="lambda_mel"),  # with several resolutions
+    Loss("gen_loss_energy", "Energy Distance", weight="lambda_mel"),
+    Loss("gen_loss_f0", "F0", weight="lambda_f0"),
+    Loss("gen_loss_aperiodicity", "Aperiodicity", weight="lambda_aperiodicity"),
+    Loss("gen_loss_adversarial"),
+    Loss("gen_loss_feature", weight="lambda_feature"),
+)
+WEIGHTS = {loss.name: loss.weight for loss in LOSSES}
 
-    Takes a score [B, S] of each discriminator; gives a scalar.
+SMOOTHED_FRAMES = 16  # over which the energy distance averages each bin
+REPULSION = 0.5  # weight of the distance between two samples; 1 makes the speech too noisy
+VOICED = 0.5  # periodicity above which the F0 of a frame counts
+EDGE = 4  # frames at either end of a segment whose windows reach beyond it
+
+
+def weighted_sum(losses: dict[str, torch.Tensor], h: Config) -> torch.Tensor:
+    """Returns the sum of declared losses, scalars, each times its weight in the config."""
+    return sum(
+        loss if WEIGHTS[name] is None else getattr(h, WEIGHTS[name]) * loss
+        for name, loss in losses.items()
+    )
+
+
+def discriminator_loss(
+    real_scores: list[torch.Tensor], fake_scores: list[torch.Tensor]
+) -> torch.Tensor:
+    """Returns the LSGAN loss that pulls real scores to 1 and fake ones to 0 (HiFi-GAN, eq. 1).
+
+    Takes one score [B, S] of each discriminator and sums over the discriminators.
     """
     return sum(
         (1 - at_least_fp32(real)).square().mean() + at_least_fp32(fake).square().mean()
@@ -26,19 +64,18 @@ def discriminator_loss(real_scores: list, fake_scores: list) -> torch.Tensor:
     )
 
 
-def generator_loss(fake_scores: list) -> torch.Tensor:
-    """LSGAN: fake scores to 1; summed over the discriminators (HiFi-GAN, eq. 2).
-
-    Takes a score [B, S] of each discriminator; gives a scalar.
-    """
+def generator_loss(fake_scores: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the LSGAN loss that pulls fake scores [B, S] to 1, summed (HiFi-GAN, eq. 2)."""
     return sum((1 - at_least_fp32(fake)).square().mean() for fake in fake_scores)
 
 
-def feature_loss(real_features: list, fake_features: list) -> torch.Tensor:
-    """Mean L1 distance of each feature, summed over layers and discriminators (HiFi-GAN, eq. 4).
+def feature_loss(
+    real_features: list[list[torch.Tensor]], fake_features: list[list[torch.Tensor]]
+) -> torch.Tensor:
+    """Returns the mean L1 distance of each feature, summed over layers (HiFi-GAN, eq. 4).
 
-    Takes, of each discriminator, the list of its features: [B, C, S] of a scale, [B, C, S, period]
-    of a period. Gives a scalar, which the caller weights.
+    Takes the list of features of each discriminator: [B, C, S] of a scale discriminator,
+    [B, C, S, period] of a period discriminator.
     """
     return sum(
         F.l1_loss(at_least_fp32(fake), at_least_fp32(real))
@@ -48,16 +85,16 @@ def feature_loss(real_features: list, fake_features: list) -> torch.Tensor:
 
 
 class MelLoss(nn.Module):
-    """The mean distance of log-mels, (wav_hat [B, N], wav [B, N]) -> scalar.
+    """The L1 distance of log-mels, (wav_hat [B, N], wav [B, N]) -> scalar.
 
-    HiFi-GAN's (eq. 3) by default. With `n_ffts_for_loss`, the mean over mels of those windows, a
-    quarter of one apart. Long windows resolve the harmonics of a voice, so that a generator learns
-    its pitch without adversaries too; with the one mel alone it hums at the rate of the frames.
+    By default it is HiFi-GAN's (eq. 3). With `n_ffts_for_loss` it is the mean over mels of several
+    window lengths, each with a hop of a quarter window. Long windows resolve harmonics, so that a
+    generator learns F0 without discriminators. The single mel leaves a hum at the frame rate.
 
-    A generator to which chance belongs has an energy distance, over two draws: by a plain distance
-    it would learn the average of all that may be, which has no noise. There, bins are compared too,
-    each averaged over LASTING frames: bands hide how a level is shared out among the bins within,
-    single frames are all chance.
+    A generator with a random source is trained by an energy distance of two samples. A plain
+    distance would teach it the average of all plausible waveforms, which has no noise. The energy
+    distance also compares STFT bins, averaged over SMOOTHED_FRAMES frames: mel bands hide how a
+    level is distributed over the bins of a band, and single frames are random.
 
     Source: Yamamoto et al., "Parallel WaveGAN", section 2.2, for several resolutions; Gritsenko et
     al., "A Spectral Energy Distance for Parallel Speech Synthesis", NeurIPS 2020.
@@ -65,7 +102,7 @@ class MelLoss(nn.Module):
 
     def __init__(self, h: Config):
         super().__init__()
-        # HiFi-GAN's name is for HiFi-GAN's error, which validation shows in any case.
+        # HiFi-GAN's name is kept for HiFi-GAN's loss.
         self.name = "mel_spec_error" if h.n_ffts_for_loss is None else "gen_loss_mel"
         recipes = [h]
         if h.n_ffts_for_loss is not None:
@@ -74,27 +111,26 @@ class MelLoss(nn.Module):
                 for n_fft, num_mels in zip(h.n_ffts_for_loss, h.num_mels_for_loss, strict=True)
             ]
         self.log_mels = nn.ModuleList(LogMelSpectrogram(r, h.fmax_for_loss) for r in recipes)
-        self.log_mel = LogMelSpectrogram(h, h.fmax)  # the generator's, of which the bins are
+        self.log_mel = LogMelSpectrogram(h, h.fmax)  # the generator's, for its bins
 
     def forward(self, wav_hat: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             mels = self._mels(wav)
         return _mean_distance(self._mels(wav_hat), mels)
 
-    def energy_distance(self, draws: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
-        """Two draws [2, B, N] of what may sound as wav [B, N] does -> scalar.
+    def energy_distance(self, samples: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
+        """Returns the energy distance of two generated samples [2, B, N] and wav [B, N], a scalar.
 
-        The mean distance of a draw to wav, less REPULSION times half of that between the draws:
-        of mels, and of bins over LASTING frames. With a REPULSION of 1, draws would come to differ
-        from each other as from recordings.
+        It is the mean distance of the samples to wav, minus REPULSION times half the distance
+        between the samples, of mels plus of averaged bins.
         """
-        of_mels = _energy_distance(*(self._mels(x) for x in (*draws, wav)))
-        return of_mels + _energy_distance(*([self._lasting(x)] for x in (*draws, wav)))
+        of_mels = _energy_distance(*(self._mels(x) for x in (*samples, wav)))
+        return of_mels + _energy_distance(*([self._averaged_bins(x)] for x in (*samples, wav)))
 
-    def _lasting(self, wav: torch.Tensor) -> torch.Tensor:
-        """wav [B, N] -> log magnitudes of bins, [B, bins, ceil(N // hop_size / LASTING)]."""
+    def _averaged_bins(self, wav: torch.Tensor) -> torch.Tensor:
+        """wav [B, N] -> log magnitudes, [B, bins, ceil(N // hop_size / SMOOTHED_FRAMES)]."""
         bins = self.log_mel.of_bins(wav)
-        return F.avg_pool1d(bins, LASTING, ceil_mode=True)  # at the end, what is there
+        return F.avg_pool1d(bins, SMOOTHED_FRAMES, ceil_mode=True)
 
     def _mels(self, wav: torch.Tensor) -> list[torch.Tensor]:
         return [log_mel(wav) for log_mel in self.log_mels]
@@ -112,21 +148,39 @@ def _energy_distance(
 
 
 class SourceLoss(nn.Module):
-    """How far a Voice is from that of the recording [B, N]: a scalar.
+    """The F0 loss and the aperiodicity loss, both scalars.
 
-    The mean distance of log_f0, in frames that are voiced the more the clearer they are, and that
-    of noise. The ends of segments do not count, where there are other frames.
+    (log_f0 [B, T], aperiodicity [B, T, bins], wav [B, N]) -> (L1 distance of log F0, weighted by
+    how periodic a frame of wav is; L1 distance of aperiodicity). The targets are measured in wav.
+    EDGE frames at the ends of a segment are left out where others remain.
     """
 
     def __init__(self, h: Config):
         super().__init__()
-        self.meter = PitchEstimator(h)
+        self.estimator = PitchEstimator(h)
 
-    def forward(self, voice: Voice, wav: torch.Tensor) -> torch.Tensor:
-        log_f0, periodicity, noise = self.meter(wav)
-        frames = log_f0.shape[1]
-        inner = slice(EDGE, frames - EDGE) if frames > 2 * EDGE else slice(None)
+    def forward(
+        self, log_f0: torch.Tensor, aperiodicity: torch.Tensor, wav: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        target_f0, periodicity, target_aperiodicity = self.estimator(wav)
+        T = target_f0.shape[1]
+        inner = slice(EDGE, T - EDGE) if T > 2 * EDGE else slice(None)
         weight = (periodicity - VOICED).clamp(min=0)[:, inner]
-        distance = (voice.log_f0.float() - log_f0).abs()[:, inner]
-        pitch = (weight * distance).sum() / weight.sum().clamp(min=1)
-        return pitch + F.l1_loss(voice.noise[:, inner], noise[:, inner])
+        distance = (log_f0.float() - target_f0).abs()[:, inner]
+        f0_loss = (weight * distance).sum() / weight.sum().clamp(min=1)
+        return f0_loss, F.l1_loss(aperiodicity[:, inner], target_aperiodicity[:, inner])
+
+
+class GeneratorWithSource(nn.Module):
+    """A frame-rate generator that also returns what SourceLoss trains.
+
+    mel [B, num_mels, T] -> (wav_hat [B, 1, N], log_f0 [B, T], aperiodicity [B, T, bins])
+    """
+
+    def __init__(self, generator: nn.Module):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = self.generator.features(mel)
+        return self.generator.head(x, mel), *self.generator.head.f0_aperiodicity(x)

@@ -1,8 +1,9 @@
-"""What the person watching a run sees: the terminal and TensorBoard."""
+"""What a run reports: lines or a progress bar on the terminal, and TensorBoard."""
 
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,51 +20,42 @@ from tqdm import tqdm
 
 from audio import audio_seconds
 from checkpoint import State
-from distributed import mean_over_processes, rank, world_size
-from env import Config, UserError
+from distributed import STOP_SIGNALS, mean_over_processes, rank, world_size
+from env import Config, UserError, one_line
 from evaluation.plots import plot_spectrogram
+from losses import Loss
 from meldataset import MelDataset
 from utils import end_with_parent, say
 
-DURATION_PROBES = 1000  # clips from which the hours of a corpus are estimated
-
-# The losses on the terminal: beside a bar, and in lines such as HiFi-GAN's.
-SHORT = {
-    "gen_loss_total": "G",
-    "disc_loss_total": "D",
-    "mel_spec_error": "mel",
-    "gen_loss_mel": "mel loss",
-    "gen_loss_energy": "energy distance",
-    "gen_loss_voice": "voice",
-    "log_magnitude": "log magnitude",
-}
-LONG = {
-    "gen_loss_total": "Gen Loss Total",
-    "disc_loss_total": "Disc Loss Total",
-    "mel_spec_error": "Mel-Spec. Error",
-    "gen_loss_mel": "Mel Loss",
-    "gen_loss_energy": "Energy Distance",
-    "gen_loss_voice": "Voice",
-    "pitch": "Pitch",
-    "noise": "Noise",
-    "log_magnitude": "Log Magnitude",
-}
-
+DURATION_PROBES = 1000  # clips from which the duration of a corpus is estimated
 METRICS_PATIENCE = 120  # seconds that the end of a run waits for its last metrics
+
+Clip = tuple[torch.Tensor, torch.Tensor]  # wav [1, N], log-mel [num_mels, T]
 
 
 class Monitor:
-    """Every process calls it, the first one shows. With `eval_metrics`, PESQ and its like of the
-    clips that are shown too. `error` is what the run shall save and end for: logs that cannot be
-    written.
+    """Writes to the terminal and to TensorBoard on rank 0; every rank must call it.
+
+    `losses` declares the losses to print. With `eval_metrics`, the metrics of evaluate.py are
+    computed for the validation clips that are written. `error` is set when TensorBoard's files
+    cannot be written; the run should then save and end.
     """
 
-    def __init__(self, state: State, folder: Path, last_step: int, eval_metrics: bool):
+    def __init__(
+        self,
+        state: State,
+        folder: Path,
+        *,
+        losses: tuple[Loss, ...],
+        last_step: int,
+        eval_metrics: bool,
+    ):
         self.h = state.h
+        self.printed = {loss.name: loss.printed for loss in losses if loss.printed}
         self.marks: dict[str, tuple[int, float]] = {}  # steps and seconds, for _speed
         self._start_clock(state.steps)
-        self.shown: set[int] = set()
-        self.clips: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the validation under way
+        self.written_clips: set[int] = set()
+        self.clips: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the current validation
         is_first = rank() == 0
         self.bar = tqdm(
             initial=state.steps,
@@ -73,38 +65,33 @@ class Monitor:
         )
         self.logs, self.writer = folder / "logs", None
         self.error: UserError | None = None
-        threading.excepthook = _leave_to_caller
+        self.metrics: BackgroundMetrics | None = None
         if is_first:
+            threading.excepthook = _print_no_write_errors
             with self._noting_errors():
-                # What a killed run has logged after its last checkpoint will come again.
+                # A killed run has logged steps after its last checkpoint. They will come again.
                 self.writer = SummaryWriter(self.logs, purge_step=state.steps + 1)
-        self.metrics = None
-        if eval_metrics and is_first:
-            try:
-                self.metrics = BackgroundMetrics(self.h)
-            except OSError as error:  # its locks lie in /dev/shm
-                reason = f"--eval_metrics: no process can be started ({error.strerror})"
-                self.error = UserError(f"{reason}; is /dev/shm writable?")
+        if is_first and eval_metrics:
+            self.metrics = BackgroundMetrics(self.h)
 
     def progress(self, state: State, losses: dict[str, torch.Tensor]) -> None:
-        """News for the bar, or a line of text where there is none. Waits for the device."""
+        """Prints the losses, or updates the progress bar; waits for the device."""
         self._write_metrics()
-        # Before discriminator_train_start_steps, discriminators have no loss.
-        shown = [name for name in LONG if name in losses]
-        shown += [name for name in losses if name.startswith("stage_")]
-        values = mean_over_processes(torch.stack([losses[name] for name in shown])).tolist()
-        means = dict(zip(shown, values, strict=True))
+        # Without discriminators, their loss is absent.
+        names = [name for name in self.printed if name in losses]
+        values = mean_over_processes(torch.stack([losses[name] for name in names])).tolist()
+        named = ", ".join(
+            f"{self.printed[name]} : {value:.4f}" for name, value in zip(names, values, strict=True)
+        )
         speed = self._speed("line", state.steps)
-        if not self.bar.disable:
-            text = ", ".join(f"{SHORT.get(name, name)} {means[name]:.3f}" for name in means)
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(state.steps - self.bar.n)
+        if self.bar.disable:
+            say(f"Steps : {state.steps}, {named}, s/b : {1 / speed:.3f}")
         else:
-            text = ", ".join(f"{LONG.get(name, name)} : {means[name]:.4f}" for name in means)
-            say(f"Steps : {state.steps}, {text}, s/b : {1 / speed:.3f}")
+            self.bar.set_postfix_str(named, refresh=False)
+            self.bar.update(state.steps - self.bar.n)
 
     def summary(self, state: State, losses: dict[str, torch.Tensor]) -> None:
-        """The scalars of training, in every process together."""
+        """Writes the losses, the learning rate, the speed and gradient norms to TensorBoard."""
         means = mean_over_processes(torch.stack(list(losses.values())))
         if self.writer is None:
             return
@@ -119,7 +106,7 @@ class Monitor:
             self._log(SummaryWriter.add_scalar, f"training/{name}", value, state.steps)
 
     def validation(self, state: State, mel_error: float) -> None:
-        """The mel error of the validation clips."""
+        """Prints and writes the mel error of a validation, and starts to compute its metrics."""
         say(f"Steps : {state.steps}, Validation Mel-Spec. Error : {mel_error:.4f}")
         self._log(SummaryWriter.add_scalar, "validation/mel_spec_error", mel_error, state.steps)
         self._log(SummaryWriter.flush)
@@ -129,62 +116,59 @@ class Monitor:
         self.clips = []
         self._start_clock(state.steps)
 
-    def clip(self, steps: int, index: int, real: tuple, generated: tuple) -> None:
-        """Sound and picture, (wav [1, N], log-mel [num_mels, T]), of a validation clip.
-
-        The real one is written once a run.
-        """
+    def clip(self, steps: int, index: int, *, real: Clip, generated: Clip) -> None:
+        """Writes the audio and the spectrogram of a validation clip; `real` only once a run."""
         if self.writer is None:
             return
         kinds = {"generated/y_hat": generated}
-        if index not in self.shown:
+        if index not in self.written_clips:
             kinds["gt/y"] = real
-            self.shown.add(index)
+            self.written_clips.add(index)
         if self.metrics is not None:
             self.clips.append((real[0], generated[0]))
-        rate = self.h.sampling_rate
         for tag, (wav, mel) in kinds.items():
-            shown = wav[0].float().cpu().numpy(), mel.cpu().numpy()
-            picture = plot_spectrogram(*shown, self.h, self.h.fmax_for_loss)
-            # An iSTFT head may leave [-1, 1] a little, of which TensorBoard would warn.
-            sound = wav.clamp(-1, 1)
-            self._log(SummaryWriter.add_audio, f"{tag}_{index}", sound, steps, rate)
+            arrays = wav[0].float().cpu().numpy(), mel.cpu().numpy()
+            picture = plot_spectrogram(*arrays, self.h, self.h.fmax_for_loss)
+            # An iSTFT head may exceed [-1, 1] slightly, which TensorBoard would warn about.
+            sound, sampling_rate = wav.clamp(-1, 1), self.h.sampling_rate
+            self._log(SummaryWriter.add_audio, f"{tag}_{index}", sound, steps, sampling_rate)
             self._log(SummaryWriter.add_figure, f"{tag}_spec_{index}", picture, steps)
 
     def flush(self) -> None:
-        """Writes what TensorBoard still waits for: a save's steps will not come again."""
+        """Writes out TensorBoard's queue, before a checkpoint after which these steps are over."""
         self._log(SummaryWriter.flush)
 
     def finish(self) -> None:
-        """Waits, a while, for the metrics of the last validation."""
-        self._write_metrics(patience=METRICS_PATIENCE)
+        """Waits up to METRICS_PATIENCE seconds for the metrics of the last validation."""
+        self._write_metrics(METRICS_PATIENCE)
 
     def close(self) -> None:
-        """Ends the bar and writes what TensorBoard still waits for."""
+        """Ends the progress bar and TensorBoard's files."""
         self.bar.close()
         if self.metrics is not None:
             self.metrics.close()
         self._log(SummaryWriter.close)
 
     def _start_clock(self, steps: int) -> None:
-        """Begins to time updates: what came before is not training."""
-        self.marks = dict.fromkeys(("line", "summary"), (steps, time.monotonic()))
+        """Starts to time updates; the time before, of loading or validation, does not count."""
+        now = time.monotonic()
+        self.marks = {"line": (steps, now), "summary": (steps, now)}
 
     def _speed(self, reader: str, steps: int) -> float:
-        """Steps a second since this reader asked last, or since the clock was started."""
+        """Returns the steps per second since this reader's last call, or since _start_clock."""
         before, now = self.marks[reader], time.monotonic()
         self.marks[reader] = (steps, now)
         return (steps - before[0]) / max(1e-9, now - before[1])
 
     def _log(self, write: Callable, *arguments) -> None:
-        """Calls a method of the writer, where there is one."""
+        """Calls a method of TensorBoard's writer, if there is one."""
         if self.writer is not None:
             with self._noting_errors():
                 write(self.writer, *arguments)
 
     @contextlib.contextmanager
     def _noting_errors(self) -> Iterator[None]:
-        """Makes a failure to write `error`; from then on nothing is logged."""
+        """Sets `error` if the block cannot write; nothing is logged afterwards."""
         try:
             yield
         except OSError as error:
@@ -192,87 +176,92 @@ class Monitor:
             self.error = UserError(f"{self.logs}: cannot be written ({error.strerror or error})")
 
     def _write_metrics(self, patience: float = 0) -> None:
-        """Writes the metrics that have been measured by now, or in `patience` seconds."""
-        if self.metrics is None:
+        """Writes the metrics if they are ready now or within `patience` seconds."""
+        if self.metrics is None or (finished := self.metrics.finished(patience)) is None:
             return
-        for steps, means in self.metrics.finished(patience):
-            for name, value in means.items():
-                self._log(SummaryWriter.add_scalar, f"validation/{name}", value, steps)
-            self._log(SummaryWriter.flush)
-            text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-            say(f"Steps : {steps}, Validation metrics : {text}")
+        steps, means = finished
+        for name, value in means.items():
+            self._log(SummaryWriter.add_scalar, f"validation/{name}", value, steps)
+        self._log(SummaryWriter.flush)
+        text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        say(f"Steps : {steps}, Validation metrics : {text}")
 
 
-def _leave_to_caller(raised: threading.ExceptHookArgs) -> None:
-    """SummaryWriter's thread hands its errors to the next call: no traceback is wanted as well."""
+def _print_no_write_errors(raised: threading.ExceptHookArgs) -> None:
+    """Prints the traceback of a thread unless it is an OSError.
+
+    TensorBoard's writer thread raises it again in the next call, which handles it.
+    """
     if not isinstance(raised.exc_value, OSError):
         threading.__excepthook__(raised)
 
 
 class BackgroundMetrics:
-    """evaluate.py's metrics of validation clips, in a process of its own: training does not wait.
+    """Computes evaluate.py's metrics of validation clips in another process, beside training.
 
-    A validation that comes before the last one is measured is passed over, as a whole.
+    While a validation is being measured, later ones are skipped. If the process fails, the error is
+    printed and training continues; if it dies, no more metrics are computed.
     """
 
     def __init__(self, h: Config):
         self.h = h
         spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_step_back)
-        self.steps = 0  # of the validation that is being measured
-        self.futures: list[Future] = []
+        self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_set_up_process)
+        self.steps, self.is_dead = 0, False
+        self.future: Future | None = None  # the means of the validation at `steps`
 
     def submit(self, steps: int, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Takes the validation at `steps`: (wav, wav_hat), both [1, N], of each clip."""
-        if self.futures:
+        """Starts to measure pairs (wav, wav_hat), both [1, N], of the validation at `steps`."""
+        if self.future is not None or self.is_dead:
             return
-        self.steps = steps
-        for pair in pairs:
-            wavs = (each[0].float().cpu().numpy() for each in pair)
-            with contextlib.suppress(BrokenProcessPool):  # `finished` has said so
-                self.futures.append(self.pool.submit(_evaluate, *wavs, self.h))
+        wavs = [[wav[0].float().cpu().numpy() for wav in pair] for pair in pairs]
+        self.steps, self.future = steps, self.pool.submit(_mean_metrics, wavs, self.h)
 
-    def finished(self, patience: float) -> list[tuple[int, dict[str, float]]]:
-        """[(steps, the means over clips by name)] once all clips are measured; before, nothing."""
-        if not self.futures or wait(self.futures, timeout=patience).not_done:
-            return []
-        errors = [e for e in (future.exception() for future in self.futures) if e is not None]
-        if errors:
-            say(f"Steps : {self.steps}, no metrics of {len(errors)} clips : {errors[0]!r}")
-        values = [future.result() for future in self.futures if future.exception() is None]
-        self.futures = []
-        names = dict.fromkeys(name for each in values for name in each)
-        columns = {name: [v[name] for v in values if v.get(name) is not None] for name in names}
-        means = {name: float(np.mean(values)) for name, values in columns.items() if values}
-        return [(self.steps, means)] if means else []
+    def finished(self, patience: float = 0) -> tuple[int, dict[str, float]] | None:
+        """Returns (steps, mean of each metric) of a validation that is done; otherwise None."""
+        if self.future is None or wait([self.future], timeout=patience).not_done:
+            return None
+        future, self.future = self.future, None
+        if (error := future.exception()) is not None:
+            self.is_dead = isinstance(error, BrokenProcessPool)
+            rest = "; training goes on without metrics" if self.is_dead else ""
+            say(one_line(f"Steps : {self.steps}, no validation metrics : {error!r}{rest}"))
+            return None
+        return (self.steps, future.result()) if future.result() else None
 
     def close(self) -> None:
-        """Drops what is not measured yet."""
+        """Drops the validation that is being measured."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _step_back() -> None:
-    """Leaves the machine to training, and signals to the group to the parent."""
+def _set_up_process() -> None:
+    """Yields the CPU to training, and leaves signals of the process group to the trainer."""
     os.nice(10)
     os.setpgrp()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     end_with_parent()
     torch.set_num_threads(1)
 
 
-def _evaluate(wav: np.ndarray, wav_hat: np.ndarray, h: Config) -> dict[str, float | None]:
+def _mean_metrics(pairs: list[list[np.ndarray]], h: Config) -> dict[str, float]:
+    """Returns the mean of each metric over pairs (wav, wav_hat), both [N]."""
     from evaluation.metrics import evaluate_pair
 
-    return evaluate_pair(torch.from_numpy(wav), torch.from_numpy(wav_hat), h)
+    results = [evaluate_pair(*map(torch.from_numpy, pair), h) for pair in pairs]
+    names = dict.fromkeys(name for result in results for name in result)
+    values = {name: [r[name] for r in results if r.get(name) is not None] for name in names}
+    return {name: float(np.mean(each)) for name, each in values.items() if each}
 
 
 def gradient_norm(module: nn.Module) -> torch.Tensor | None:
-    """The 2-norm of the gradients of the last update; None where there were none."""
+    """Returns the 2-norm of the gradients of the last update, or None without gradients."""
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(grads) if grads else None
 
 
 def describe(state: State, clips: MelDataset, config: str, folder: Path) -> None:
-    """Prints what is about to run."""
+    """Prints the model, the machine, the data and the folder of a run."""
     if rank() > 0:
         return
     h = state.h

@@ -1,25 +1,26 @@
-"""Muon: momentum whose matrices are orthogonalised before each step, and AdamW for the rest."""
+"""The Muon optimizer: momentum with orthogonalised updates for matrices, AdamW for biases."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 from distributed import computes_in_bfloat16
 
-RATE = 5  # times a config's learning_rate, which is AdamW's in an adversarial training
+MUON_LR_SCALE = 5  # times a config's learning_rate, which is meant for AdamW and discriminators
 MOMENTUM = 0.95
 ITERATIONS = 5
-# Of the quintic polynomial that brings singular values near 1, fast (Jordan et al., 2024).
+# Coefficients of the quintic polynomial that moves singular values towards 1 (Jordan et al., 2024).
 A, B, C = 3.4445, -4.7750, 2.0315
-RMS = 0.2  # of an update's entries, for a rate of 1: AdamW's (Liu et al., 2025)
+RMS = 0.2  # of the entries of an update at a learning rate of 1, as with AdamW (Liu et al., 2025)
 EPSILON = 1e-8  # AdamW's
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """Near the polar factor of a matrix [M, N]: its singular values become about 1.
+    """Returns approximately the polar factor of a matrix [M, N]: singular values of about 1.
 
-    Newton-Schulz iterations leave them between 0.6 and 1.3, which is near enough, in bfloat16 too;
-    but a processor that has none would take twenty times as long.
+    Newton-Schulz iterations leave the singular values between 0.6 and 1.3, which suffices. They run
+    in bfloat16 except on processors without it, where that would take twenty times as long.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
     dtype = torch.bfloat16 if computes_in_bfloat16(matrix.device) else torch.float32
@@ -32,21 +33,21 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of one size for every direction of a convolution's weight, seen as [C_out, C_in * k].
+    """Updates a convolution's weight, seen as [C_out, C_in * k], equally far in all directions.
 
-    With Nesterov's momentum. For weights of two dimensions or more, of layers without weight norm;
-    biases take AdamW's steps, at the same learning rate and without weight decay.
+    Uses Nesterov's momentum. It is for weights of two or more dimensions in layers without weight
+    norm. Biases take AdamW's steps at the same learning rate, without weight decay.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled
     as in Liu et al., "Muon is scalable for LLM training", 2025.
     """
 
-    def __init__(self, params, lr: float, betas: tuple[float, float]):
+    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, betas: tuple[float, float]):
         super().__init__(params, {"lr": lr, "betas": betas})
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients that are there."""
+        """Updates all parameters that have a gradient."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:

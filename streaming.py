@@ -26,8 +26,10 @@ from harmonic import (
     GRIFFIN_LIM_MOMENTUM,
     LRELU_SLOPE,
     MIN_WINDOW_SUM,
+    Conv3x3,
     Excitation,
     HarmonicNoiseHead,
+    magnitude_floor,
     with_magnitude,
 )
 from models import MISR, POST_LRELU_SLOPE, Generator, ISTFTHead, TanhHead, time_padding
@@ -98,7 +100,7 @@ class Streamer:
     def _advance(self, mel: torch.Tensor, is_last: bool) -> torch.Tensor:
         generator = self.generator
         self.frames += mel.shape[1]
-        mel = mel.to(generator.conv_post.bias.device).unsqueeze(0)
+        mel = mel.T.to(generator.conv_post.bias.device).unsqueeze(0)
         x = mel if generator.min_log_mel is None else mel.clamp(min=generator.min_log_mel)
         x = self.conv_pre(x.to(generator.conv_pre.bias.dtype), is_last)
         for stage in self.stages:
@@ -137,82 +139,115 @@ def as_mel(mel: torch.Tensor | np.ndarray, num_mels: int) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------ layers
 #
-# Each is called with the next piece x [B, C, n, ...], n >= 0, and returns the outputs that are
-# final. After the piece with is_last=True, all outputs have been returned.
+# Each is called with the next piece x [B, n, C] (of the refiner: [B, n, patches, C]), n >= 0, and
+# returns the outputs that are final. After the piece with is_last=True, all have been returned.
 
 
 class ConvStream:
-    """Runs a convolution that keeps the length, of models.py or harmonic.py, piece by piece."""
+    """Runs a convolution that keeps the length, of models.py or harmonic.py, piece by piece.
 
-    def __init__(self, conv: nn.Module, batch: int = 1):
-        self.conv, self.batch = conv, batch
+    Short pieces are multiplied with the weight as one matrix: the convolutions of CPU libraries
+    need more time to start than to compute them.
+    """
+
+    MAX_PRODUCT = 2**18  # elements of the matrix of windows
+
+    def __init__(self, conv: nn.Module):
+        self.bias, self.weight = conv.bias, conv.weight.flatten(2)
         self.before, self.after = time_padding(conv)[:2]
+        self.dilation, self.taps = conv.dilation[0], conv.kernel_size[0]
+        self.matrix = conv.weight.movedim(1, -1).flatten(1)  # [C_out, taps * C_in]
         self.past = None
 
     def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        conv = self.conv
-        if self.before + self.after == 0:
-            return conv(x)
-        if self.past is None:
-            self.past = x.new_zeros(*x.shape[:2], self.before, *x.shape[3:])
-        x = torch.cat([self.past, x], dim=2)
-        if is_last:
-            padding = x.new_zeros(*x.shape[:2], self.after, *x.shape[3:])
-            x = torch.cat([x, padding], dim=2)
         context = self.before + self.after
-        self.past = x[:, :, max(0, x.shape[2] - context) :]
-        if x.shape[2] <= context:
-            return x.new_zeros(x.shape[0], conv.out_channels, 0, *x.shape[3:])
-        if x.dim() == 4:
-            return F.conv2d(
-                x, conv.weight, conv.bias, padding=(0, conv.padding[1]), dilation=conv.dilation
-            )
-        return F.conv1d(x, conv.weight, conv.bias, dilation=conv.dilation)
+        if context == 0:
+            return F.linear(x, self.matrix, self.bias)
+        pieces = [x if self.past is None else self.past, x]
+        if self.past is None:
+            pieces[0] = x.new_zeros(x.shape[0], self.before, *x.shape[2:])
+        if is_last:
+            pieces.append(x.new_zeros(x.shape[0], self.after, *x.shape[2:]))
+        x = torch.cat(pieces, dim=1)
+        self.past = x[:, max(0, x.shape[1] - context) :]
+        return self.convolve(x, max(0, x.shape[1] - context))
+
+    def convolve(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """Returns the `count` outputs whose taps all lie in x [B, n, C]."""
+        (B, _, C), (batch_stride, stride, _) = x.shape, x.stride()
+        if B * count * self.taps * C > self.MAX_PRODUCT:
+            x, weight = x.mT.unsqueeze(2), self.weight.unsqueeze(2)  # channels-last, height 1
+            y = F.conv2d(x, weight, self.bias, dilation=(1, self.dilation))
+            return y.squeeze(2).mT
+        shape = (B, count, self.taps, C)
+        windows = x.as_strided(shape, (batch_stride, stride, self.dilation * stride, 1))
+        return F.linear(windows.flatten(2), self.matrix, self.bias)
+
+
+class Conv3x3Stream(ConvStream):
+    """Runs a Conv3x3 piece by piece on x [1, n, patches, C]."""
+
+    def __init__(self, conv: Conv3x3):
+        super().__init__(conv)
+        self.conv, self.frequency_dilation = conv, conv.dilation[1]
+
+    def convolve(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """Returns the `count` outputs whose taps all lie in x [1, n, patches, C]."""
+        d, (_, _, P, C) = self.frequency_dilation, x.shape
+        if count * P * 9 * C > self.MAX_PRODUCT:
+            conv = self.conv
+            y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, 1, (0, d), (1, d))
+            return y.permute(0, 2, 3, 1)
+        x = F.pad(x, (0, 0, d, d))
+        row = (P + 2 * d) * C
+        windows = x.as_strided((1, count, P, 3, 3, C), (0, row, C, row, d * C, 1))
+        return F.linear(windows.flatten(3), self.matrix, self.bias)
 
 
 class Delay:
-    """Keeps pieces [B, C, n, ...] until as many positions are asked for."""
+    """Keeps pieces [B, n, ...] until they are asked for."""
 
-    def __init__(self, dim: int = 2):
-        self.dim, self.kept = dim, None
+    def __init__(self):
+        self.kept = None
 
     def __call__(self, x: torch.Tensor, count: int) -> torch.Tensor:
         """Appends x and takes the first `count` positions out."""
-        if self.kept is not None and self.kept.shape[self.dim] > 0:
-            x = torch.cat([self.kept, x], dim=self.dim)
-        size = x.shape[self.dim]
-        self.kept = x.narrow(self.dim, count, size - count)
-        return x.narrow(self.dim, 0, count)
+        if self.kept is not None:
+            x = torch.cat([self.kept, x], dim=1)
+        self.kept = x[:, count:] if count < x.shape[1] else None
+        return x[:, :count]
 
 
 class ResidualStream:
-    """Runs residual units, each x + conv(lrelu(conv(lrelu(x)))) or x + conv(lrelu(x))."""
+    """Runs residual units: x + conv(lrelu(conv(lrelu(x)))), or with one convolution."""
 
-    def __init__(self, units: Sequence[Sequence[nn.Module]]):
-        self.units = [([ConvStream(conv) for conv in unit], Delay()) for unit in units]
+    def __init__(self, units: Sequence[Sequence[nn.Module]], stream: type = ConvStream):
+        self.units = [([stream(conv) for conv in unit], Delay()) for unit in units]
 
     def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
         for convs, delay in self.units:
             y = x
             for conv in convs:
                 y = conv(F.leaky_relu(y, LRELU_SLOPE), is_last)
-            x = delay(x, y.shape[2]) + y
+            x = delay(x, y.shape[1]) + y
         return x
 
 
 class MISRStream:
-    """Runs a MISR piece by piece: the shared block keeps the past of its N inputs."""
+    """Runs a MISR: the shared block keeps the past of its N inputs, a batch of N."""
 
     def __init__(self, misr: MISR):
-        self.misr, self.resblock = misr, ResidualStream(misr.resblock.units())
+        self.num_inputs = misr.num_inputs
+        self.input_conv = ConvStream(misr.input_conv)
+        self.resblock = ResidualStream(misr.resblock.units())
+        self.output_conv = None if misr.output_conv is None else ConvStream(misr.output_conv)
 
     def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        misr, N = self.misr, self.misr.num_inputs
-        y = misr.input_conv(x).reshape(N, x.shape[1], x.shape[2])
-        y = self.resblock(y, is_last)
-        if misr.output_conv is None:
+        y = self.input_conv(x, is_last).unflatten(2, (self.num_inputs, -1))
+        y = self.resblock(y[0].transpose(0, 1).contiguous(), is_last)
+        if self.output_conv is None:
             return y.mean(0, keepdim=True)
-        return misr.output_conv(y.reshape(1, -1, y.shape[2]))
+        return self.output_conv(y.transpose(0, 1).flatten(1).unsqueeze(0), is_last)
 
 
 class MRFStream:
@@ -224,31 +259,39 @@ class MRFStream:
 
     def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
         outputs = [block(x, is_last) for block, _ in self.blocks]
-        ready = [n + y.shape[2] for n, y in zip(self.waiting, outputs, strict=True)]
+        ready = [n + y.shape[1] for n, y in zip(self.waiting, outputs, strict=True)]
         count = min(ready)
         self.waiting = [n - count for n in ready]
         delays = [delay for _, delay in self.blocks]
-        return sum(delay(y, count) for delay, y in zip(delays, outputs, strict=True)) / len(outputs)
+        aligned = [delay(y, count) for delay, y in zip(delays, outputs, strict=True)]
+        return sum(aligned) / len(aligned)
 
 
 class UpsamplingStream:
     """Runs a transposed convolution: outputs are final once no later input reaches them."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rate: int, padding: int):
-        self.weight, self.bias = weight, None if bias is None else bias[:, None]
-        self.rate, self.padding, self.to_skip = rate, padding, padding
-        self.tail = weight.new_zeros(1, weight.shape[1], weight.shape[2] - rate)
+        C, C_out, self.kernel_size = weight.shape
+        self.bias, self.rate, self.padding, self.to_skip = bias, rate, padding, padding
+        self.hops = math.ceil(self.kernel_size / rate)  # outputs of one input, in hops of `rate`
+        weight = F.pad(weight, (0, self.hops * rate - self.kernel_size))
+        self.matrix = weight.permute(2, 1, 0).reshape(-1, C)  # [hops * rate * C_out, C]
+        self.tail = weight.new_zeros(self.hops - 1, rate * C_out)
 
     def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        y, count = self.tail, x.shape[2] * self.rate
-        if count > 0:
-            y = F.conv_transpose1d(x, self.weight, stride=self.rate)
-            y[:, :, : self.tail.shape[2]] += self.tail
-        self.tail = y[:, :, count:]
+        n, rate, hops = x.shape[1], self.rate, self.hops
+        frames = F.linear(x[0], self.matrix).unflatten(1, (hops, -1))
+        y = frames.new_zeros(n + hops - 1, frames.shape[2])
+        y[: hops - 1] += self.tail
+        for k in range(hops):
+            y[k : k + n] += frames[:, k]
+        self.tail = y[n:]
+        y = y.view(1, (n + hops - 1) * rate, -1)
+        count = n * rate
         if is_last:
-            count = y.shape[2] - self.padding
-        y = y[:, :, min(self.to_skip, count) : count]
-        self.to_skip -= count - y.shape[2]
+            count += self.kernel_size - rate - self.padding
+        y = y[:, min(self.to_skip, count) : count]
+        self.to_skip -= count - y.shape[1]
         return y if self.bias is None else y + self.bias
 
 
@@ -275,15 +318,15 @@ class ReflectedStart:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_done:
             return x
-        x = x if self.first is None else torch.cat([self.first, x], dim=2)
-        self.first, self.is_done = x, x.shape[2] > 1
-        return torch.cat([x[:, :, 1:2], x], dim=2) if self.is_done else x[:, :, :0]
+        x = x if self.first is None else torch.cat([self.first, x], dim=1)
+        self.first, self.is_done = x, x.shape[1] > 1
+        return torch.cat([x[:, 1:2], x], dim=1) if self.is_done else x[:, :0]
 
 
 # ------------------------------------------------------------------------------------------- heads
 #
-# Each is called with the next piece of the generator's features, x [1, C, n], and the next frames
-# of the mel, [1, num_mels, m], and returns the final samples [N].
+# Each is called with the next piece of the generator's features, x [1, n, C], and the next frames
+# of the mel, [1, m, num_mels], and returns the final samples [N].
 
 
 def head_stream(
@@ -301,7 +344,7 @@ class TanhStream:
     """Streams a TanhHead."""
 
     def __call__(self, x: torch.Tensor, mel: torch.Tensor, is_last: bool) -> torch.Tensor:
-        return torch.tanh(x)[0, 0]
+        return torch.tanh(x).flatten()
 
 
 class ISTFTStream:
@@ -315,9 +358,9 @@ class ISTFTStream:
         )
 
     def __call__(self, x: torch.Tensor, mel: torch.Tensor, is_last: bool) -> torch.Tensor:
-        ones = torch.ones_like(x[:, :1])
-        wav = self.overlap_add(self.head.to_spectrum(x), is_last)
-        return (wav / self.window_sum(ones, is_last))[0, 0]
+        wav = self.overlap_add(self.head.to_spectrum(x.mT).mT, is_last)
+        window_sum = self.window_sum(torch.ones_like(x[:, :, :1]), is_last)
+        return (wav / window_sum).flatten()
 
 
 class HarmonicStream:
@@ -326,13 +369,10 @@ class HarmonicStream:
     def __init__(self, head: HarmonicNoiseHead, lookahead: int):
         self.head = head
         self.excitation = ExcitationStream(head)
-        refiner = head.refiner
-        self.refiner_pre, self.refiner = (
-            ConvStream(refiner.conv_pre),
-            ResidualStream(refiner.units()),
-        )
+        self.refiner_pre = Conv3x3Stream(head.refiner.conv_pre)
+        self.refiner = ResidualStream(head.refiner.units(), stream=Conv3x3Stream)
         self.griffin_lim = GriffinLimStream(head, lookahead)
-        self.mel, self.spectrum, self.log_magnitude = Delay(), Delay(dim=1), Delay(dim=1)
+        self.mel, self.spectrum, self.log_magnitude = Delay(), Delay(), Delay()
 
     @property
     def latency(self) -> int:
@@ -342,14 +382,17 @@ class HarmonicStream:
         return window + self.griffin_lim.lookahead + self.head.refiner.receptive_field[1]
 
     def __call__(self, x: torch.Tensor, mel: torch.Tensor, is_last: bool) -> torch.Tensor:
-        head, refiner = self.head, self.head.refiner
-        mel = self.mel(mel, x.shape[2])  # the mel is ahead of x by the look-ahead of the network
-        spectrum, log_magnitude, patches = head.unrefined(x, mel, self.excitation(x))
-        patches = self.refiner(self.refiner_pre(patches, is_last), is_last)
-        spectrum = self.spectrum(spectrum, patches.shape[2])
-        log_magnitude = self.log_magnitude(log_magnitude, patches.shape[2])
-        log_magnitude = log_magnitude + refiner.to_bins(patches).to(x.dtype)
-        return self.griffin_lim(spectrum[0], head.magnitude(log_magnitude[0]), is_last)
+        head = self.head
+        mel = self.mel(mel, x.shape[1])  # the mel is ahead of x by the look-ahead of the network
+        excitation = self.excitation(x)
+        spectrum, log_magnitude, patches = head.unrefined(x.mT, mel.mT, excitation)
+        patches = self.refiner_pre(patches.permute(0, 2, 3, 1).contiguous(), is_last)
+        patches = self.refiner(patches, is_last)
+        spectrum = self.spectrum(spectrum, patches.shape[1])
+        log_magnitude = self.log_magnitude(log_magnitude, patches.shape[1])
+        refinement = head.refiner.to_bins(patches.permute(0, 3, 1, 2)).to(x.dtype)
+        magnitude = head.magnitude(log_magnitude + refinement)
+        return self.griffin_lim(spectrum[0], magnitude[0], is_last)
 
 
 class ExcitationStream:
@@ -360,78 +403,67 @@ class ExcitationStream:
     """
 
     def __init__(self, head: HarmonicNoiseHead):
-        self.head, self.frames = head, 0
-        stft, hop_size = head.stft, head.hop_size
-        # Of a window, the samples up to the centre of its frame, and those after it.
-        self.known = stft.margins[0] + (hop_size + 1) // 2
-        self.held = stft.n_fft - self.known
+        self.head = head
+        n_fft, hop_size, before = head.stft.n_fft, head.hop_size, head.stft.margins[0]
         weights = head.pulse_train.weights
-        # Between two centres: the second half of a frame, then the first half of the next one.
         half = (hop_size + 1) // 2
-        later = torch.cat([weights[2, half:], weights[1, :half]])
-        self.later = later
-        self.past = None
+        # Of a window, the samples up to the centre of its frame are known; the others are held.
+        self.known, self.rate = before + half, head.pulse_train.sampling_rate
+        self.held = torch.arange(n_fft - self.known, device=weights.device)
+        # Weights of the later frame, from the centre of one frame to the centre of the next.
+        self.later = torch.cat([weights[2, half:], weights[1, :half]])
+        # Frame, phase and F0 of the next sample; the last frame's values; samples in later windows.
+        self.frame, self.phase, self.last, self.past = 0, None, None, None
 
     def __call__(self, x: torch.Tensor) -> Excitation:
-        head, stft, n = self.head, self.head.stft, x.shape[2]
-        log_f0, aperiodicity = head.f0_aperiodicity(x)
+        head, n = self.head, x.shape[1]
+        log_f0, aperiodicity = head.f0_aperiodicity(x.mT)
         if n == 0:
-            nothing = torch.zeros_like(aperiodicity, dtype=torch.complex64)
+            nothing = aperiodicity.to(torch.promote_types(aperiodicity.dtype, torch.complex64))
             return Excitation(nothing, nothing, aperiodicity)
-        f0, phase, voicing = self.windows(log_f0[0], head.voicing(aperiodicity)[0].double())
-        wrapped_phase = (phase - phase.round()).to(x.dtype)
-        f0, voicing = f0.to(x.dtype), voicing.to(x.dtype)
-        samples = torch.arange(stft.n_fft, device=x.device) - stft.margins[0]
-        frames = torch.arange(self.frames, self.frames + n, device=x.device)
-        samples = samples + head.hop_size * frames[:, None]
-        noise = head.noise[samples % len(head.noise)] * head.burst_envelope(wrapped_phase, voicing)
+        tracks = torch.cat([log_f0, head.voicing(aperiodicity)])  # [2, n], float64
+        f0, phase, voicing = self.windows(tracks)
+        wrapped_phase, f0, voicing = (
+            each.to(x.dtype) for each in (phase - phase.round(), f0, voicing)
+        )
         pulses = head.pulse_train(f0, wrapped_phase)
-        self.frames += n
-        spectra = torch.fft.rfft(torch.stack([pulses, noise]) * stft.window)
+        noise = self.noise(n) * head.burst_envelope(wrapped_phase, voicing)
+        self.frame += n
+        spectra = torch.fft.rfft(torch.stack([pulses, noise]) * head.stft.window)
         return Excitation(spectra[:1], spectra[1:], aperiodicity)
 
-    def windows(
-        self, log_f0: torch.Tensor, voicing: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns F0, unwrapped phase and voicing [n, n_fft] in the windows of n new frames [n]."""
-        head, hop_size = self.head, self.head.hop_size
-        rate = head.pulse_train.sampling_rate
-        tracks = torch.stack([log_f0, voicing])  # [2, n]
-        if self.past is None:
-            tracks = torch.cat([tracks[:, :1], tracks], dim=1)
-        else:
-            tracks = torch.cat([self.last, tracks], dim=1)
-        self.last = tracks[:, -1:]
-        # From the centre of a frame to that of the next, [2, n * hop_size].
-        between = torch.lerp(tracks[:, :-1, None], tracks[:, 1:, None], self.later).flatten(1)
-        f0, voicing = between[0].exp(), between[1]
-        cycles = f0 / rate
-        if self.past is None:  # F0 and voicing are constant before the first centre
-            size = self.known - hop_size
-            start = cycles[0] * -(self.known - (hop_size + 1) // 2)
-            before = start + cycles[0] * torch.arange(size, device=f0.device)
-            self.past = torch.stack([f0[:1].expand(size), before, voicing[:1].expand(size)])
-            self.phase = start + cycles[0] * size
-        phase = self.phase + cycles.cumsum(0) - cycles
-        self.phase = phase[-1] + cycles[-1]
-        known = torch.cat([self.past, torch.stack([f0, phase, voicing])], dim=1)
-        self.past = known[:, known.shape[1] - (self.known - hop_size) :]
-        known = known.unfold(1, self.known, hop_size)  # [3, n, known]
-        own_f0, own_voicing = tracks[0, 1:].exp(), tracks[1, 1:]
-        # The first held sample is one sample after the last known one.
-        steps = torch.arange(1, self.held + 1, device=f0.device)
-        last_cycles = known[0, :, -1] / rate
-        first_phase = known[1, :, -1] + last_cycles
-        held_phase = first_phase[:, None] + own_f0[:, None] / rate * (steps - 1)
-        held = torch.stack(
-            [
-                own_f0[:, None].expand(-1, self.held),
-                held_phase,
-                own_voicing[:, None].expand(-1, self.held),
-            ]
-        )
-        f0, phase, voicing = torch.cat([known, held], dim=2)
-        return f0, phase, voicing
+    def noise(self, count: int) -> torch.Tensor:
+        """Returns the noise in the windows of the next `count` frames, [count, n_fft]."""
+        hop_size, n_fft = self.head.hop_size, self.head.stft.n_fft
+        size = (count - 1) * hop_size + n_fft
+        return self.head.noise_from(self.frame, size).unfold(0, n_fft, hop_size)
+
+    def windows(self, tracks: torch.Tensor) -> torch.Tensor:
+        """Returns F0, unwrapped phase and voicing, [3, n, n_fft], in the windows of n new frames.
+
+        `tracks` [2, n] are log F0 and voicing at the centres of the frames.
+        """
+        hop_size, size = self.head.hop_size, self.known - self.head.hop_size
+        last = tracks[:, :1] if self.last is None else self.last
+        points = torch.cat([last, tracks], dim=1)
+        self.last = points[:, -1:]
+        f0, voicing = torch.lerp(points[:, :-1, None], points[:, 1:, None], self.later).flatten(1)
+        f0 = f0.exp()
+        cycles = f0 / self.rate
+        if self.past is None:  # before the first centre, everything is constant
+            steps = torch.arange(size, device=f0.device) - self.head.stft.margins[0]
+            self.past = torch.stack(
+                [f0[:1].expand(size), cycles[0] * steps, voicing[:1].expand(size)]
+            )
+            self.phase = cycles[0] * (size - self.head.stft.margins[0])
+        phase = torch.cat([self.phase.view(1), self.phase + cycles.cumsum(0)])
+        self.phase = phase[-1]
+        known = torch.cat([self.past, torch.stack([f0, phase[:-1], voicing])], dim=1)
+        self.past = known[:, known.shape[1] - size :]
+        centres = torch.stack([tracks[0].exp(), phase[hop_size::hop_size], tracks[1]])
+        held = centres[:, :, None].expand(-1, -1, len(self.held)).contiguous()
+        held[1] += held[0] / self.rate * self.held
+        return torch.cat([known.unfold(1, self.known, hop_size), held], dim=2)
 
 
 class GriffinLimStream:
@@ -444,30 +476,25 @@ class GriffinLimStream:
 
     def __init__(self, head: HarmonicNoiseHead, lookahead: int):
         self.stft, self.lookahead = head.stft, lookahead
+        self.n_fft, self.hop_size = head.stft.n_fft, head.stft.hop_size
         self.steps = max(1, round(head.griffin_lim_steps / (lookahead + 1)))
-        n_fft, hop_size = self.stft.n_fft, self.stft.hop_size
-        self.settled = 0
+        # Phase, previous spectrum, magnitude and floor of frames that are not settled.
+        self.pending: list[torch.Tensor] | None = None
         # The overlap-added settled frames, from the start of the first pending window on.
-        self.tail = self.stft.window.new_zeros(n_fft - hop_size)
-        self.pending = None  # phase, previous, magnitude
-        self.normalisers = {}
+        self.tail = self.stft.window.new_zeros(self.n_fft - self.hop_size)
+        self.settled, self.normalisers = 0, {}
         self.to_skip, self.to_return = self.stft.margins[0], 0
 
     def __call__(
         self, spectrum: torch.Tensor, magnitude: torch.Tensor, is_last: bool
     ) -> torch.Tensor:
         """Takes spectra and magnitudes [n, bins]; returns the final samples [N]."""
-        self.to_return += len(spectrum) * self.stft.hop_size
-        if len(spectrum):
-            start = with_magnitude(spectrum, magnitude)
-            frames = (start, start, magnitude)
-            if self.pending is not None:
-                frames = [torch.cat(pair) for pair in zip(self.pending, frames, strict=True)]
-            self.pending = frames
-        pieces = []
-        while self.pending is not None and len(self.pending[0]) > (
-            0 if is_last else self.lookahead
-        ):
+        self.to_return += len(spectrum) * self.hop_size
+        floor = magnitude_floor(magnitude)
+        start = with_magnitude(spectrum, magnitude, floor)
+        self.append((start, start, magnitude, floor))
+        pieces, left = [], 0 if is_last else self.lookahead
+        while len(self.pending[0]) > left:
             pieces.append(self.settle())
         if is_last:
             pieces.append(self.tail * self.normaliser(0)[: len(self.tail)])
@@ -478,44 +505,51 @@ class GriffinLimStream:
         self.to_return -= len(wav)
         return wav
 
+    def append(self, frames: Sequence[torch.Tensor]) -> None:
+        """Adds pending frames: phase, previous spectrum, magnitude, floor."""
+        old = self.pending
+        self.pending = (
+            [torch.cat(pair) for pair in zip(old, frames, strict=True)] if old else [*frames]
+        )
+
     def settle(self) -> torch.Tensor:
         """Settles the first pending frame; returns the hop of samples that it completes."""
-        stft, hop_size = self.stft, self.stft.hop_size
+        window, hop_size = self.stft.window, self.hop_size
         count = min(len(self.pending[0]), self.lookahead + 1)
-        phase, previous, magnitude = (x[:count] for x in self.pending)
+        phase, previous, magnitude, floor = (x[:count] for x in self.pending)
         normaliser = self.normaliser(count)
         for _ in range(self.steps):
-            wav = self.overlap_add(phase, magnitude) * normaliser
-            spectrum = torch.fft.rfft(wav.unfold(0, stft.n_fft, hop_size) * stft.window)
+            wav = self.overlap_add(with_magnitude(phase, magnitude, floor)) * normaliser
+            spectrum = torch.fft.rfft(wav.unfold(0, self.n_fft, hop_size) * window)
             phase = torch.lerp(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
             previous = spectrum
-        wav = self.overlap_add(phase[:1], magnitude[:1])
-        self.pending = [
-            torch.cat([new[1:], old[count:]])
-            for new, old in zip((phase, previous, magnitude), self.pending, strict=True)
-        ]
+        wav = self.overlap_add(with_magnitude(phase[:1], magnitude[:1], floor[:1]))
+        later = [x[count:] for x in self.pending]
+        self.pending = [phase[1:], previous[1:], magnitude[1:], floor[1:]]
+        if len(later[0]):
+            self.append(later)
         piece = wav[:hop_size] * self.normaliser(1)[:hop_size]
         self.tail = wav[hop_size:]
         self.settled += 1
         return piece
 
-    def overlap_add(self, phase: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    def overlap_add(self, spectrum: torch.Tensor) -> torch.Tensor:
         """Adds pending frames [n, bins] to the settled ones: [(n - 1) * hop_size + n_fft]."""
-        stft = self.stft
-        frames = torch.fft.irfft(with_magnitude(phase, magnitude), n=stft.n_fft)
-        wav = stft.overlap_add(frames[None], stft.window)[0]
-        wav = wav[: (len(frames) - 1) * stft.hop_size + stft.n_fft]
+        frames = torch.fft.irfft(spectrum, n=self.n_fft) * self.stft.window
+        size = (len(frames) - 1) * self.hop_size + self.n_fft
+        wav = F.fold(frames.T, (1, size), kernel_size=(1, self.n_fft), stride=(1, self.hop_size))
+        wav = wav.flatten()
         wav[: len(self.tail)] += self.tail
         return wav
 
     def normaliser(self, pending: int) -> torch.Tensor:
         """Returns one over the sum of squared windows where `pending` frames follow the settled."""
-        stft = self.stft
+        stft, hop_size = self.stft, self.hop_size
         settled = min(self.settled, stft.overlap)
         if (settled, pending) not in self.normalisers:
             window = stft.window.expand(1, settled + pending, -1)
-            total = stft.overlap_add(window, stft.window)[0, settled * stft.hop_size :]
-            total = total[: max(0, pending - 1) * stft.hop_size + stft.n_fft]
+            total = stft.overlap_add(window, stft.window)[0, settled * hop_size :]
+            total = total[: max(0, pending - 1) * hop_size + self.n_fft]
             total = total.clamp(min=MIN_WINDOW_SUM).reciprocal()
             self.normalisers[settled, pending] = total
         return self.normalisers[settled, pending]

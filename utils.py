@@ -90,7 +90,7 @@ def say(text: str) -> None:
 def say_if_slow(precision: str, device: torch.device) -> None:
     """Warns on the first rank if bf16 is slower than fp32 on this device."""
     if precision == "bf16" and not computes_in_bfloat16(device) and rank() == 0:
-        text = "--precision bf16 is slow: this processor does not support bfloat16; use fp32"
+        text = "--precision bf16 is slow: this processor has no bfloat16; use fp32"
         _write(text, "stderr")
 
 
@@ -220,14 +220,15 @@ def use_own_numba_cache() -> None:
     Raises:
         UserError: neither the home nor a temporary folder is writable.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "misrnet"
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    root, chosen = caches / "misrnet", os.environ.get("NUMBA_CACHE_DIR")
     if chosen and root not in Path(chosen).parents:  # the parent process may have set its own
         return
     packages = [f"{name}-{importlib.metadata.version(name)}" for name in ("numba", "librosa")]
     versions = "_".join([f"python-{platform.python_version()}", *packages])
     try:
-        folder = _lock_free_folder(root / versions)
+        has_home = caches.is_absolute()  # a user without one gets "~/.cache"
+        folder = _lock_free_folder(root / versions) if has_home else _temporary_folder()
     except OSError:
         folder = _temporary_folder()
     os.environ["NUMBA_CACHE_DIR"] = str(folder)

@@ -1,14 +1,13 @@
-"""Shows MISRNet at work in about five minutes, with no data and no GPU.
+"""Trains a small vocoder on a synthetic voice in minutes, without data and without a GPU.
 
-    make demo            # makes .venv, installs, and runs python demo.py
+    make demo            # creates .venv, installs, and runs python demo/learn_a_voice.py
 
-eSpeak NG speaks sentences; train.py teaches a vocoder this voice, from nothing; inference.py,
-inference_e2e.py and evaluate.py show what was learnt, on sentences that were held out, beside
-weights in pretrained/ that learnt from real voices. Every step is a command that you could type,
-and is printed. All of it lands in demo/: listen to it on demo/index.html, read demo/report.md.
+eSpeak NG synthesises 60 sentences, and train.py trains a vocoder on 56 of them from scratch. On the
+other four, evaluate.py compares it with the weights of pretrained/frame_v2_universal, which were
+trained on real voices. Every step is a command that a user could type, and it is printed. The
+results are in demo_output/: listen on demo_output/index.html and read demo_output/report.md.
 
-It is a demonstration: a synthetic voice, three minutes of it, a small generator, minutes of
-training. A vocoder for real speech takes a corpus such as LJSpeech and days on a GPU.
+This is a demonstration, not a vocoder for use: the voice is synthetic and the training is short.
 """
 
 import ctypes
@@ -33,15 +32,15 @@ from distributed import computes_in_bfloat16, select_device
 from env import UserError
 from utils import command_line, command_parser, positive, say
 
-HERE = Path(__file__).parent
-PRETRAINED = HERE / "pretrained/frame_v2_universal/g_00044824"
-CONFIG = HERE / "configs/frame_v2.json"
-CHANGES = {"batch_size": 8, "lr_decay": 0.99}  # each epoch is seven updates
-PARAMETERS = "a million"
+ROOT = Path(__file__).parents[1]
+PRETRAINED_DIR = ROOT / "pretrained/frame_v2_universal"
+CONFIG = ROOT / "configs/frame_v2.json"
+CONFIG_CHANGES = {"batch_size": 8, "lr_decay": 0.99}  # an epoch has only seven updates
 CHECKPOINT_INTERVAL = 100  # steps
 VOICE = "en+f3"
-HELD_OUT = 4  # sentences, the last of SENTENCES
-SHOWN_METRICS = ("mel_l1", "pesq_wb", "stoi", "vuv_f1")  # of evaluate.py's
+HELD_OUT = 4  # the number of sentences at the end of SENTENCES that train.py does not see
+# The columns of the table, by evaluate.py's names.
+SHOWN_METRICS = ("mel_l1", "pesq_wb", "stoi", "vuv_f1")
 
 SENTENCES = """\
 The kettle began to sing long before anyone was awake.
@@ -107,17 +106,17 @@ Before the machine could speak, it had to learn how to listen.
 """.splitlines()
 
 
-# ------------------------------------------------------------------------------------- the corpus
+# ----------------------------------------------------------------------------------- synthetic data
 
 
 @functools.cache
 def load_espeak() -> tuple[ctypes.CDLL, int]:
-    """eSpeak NG's library, from the wheel `espeakng-loader`, and its sampling rate.
+    """Returns the eSpeak NG library of the wheel `espeakng-loader` and its sampling rate in Hz.
 
-    Once a process: initialised again, eSpeak NG 1.52 reads memory that it has freed, and may crash.
+    The result is cached: eSpeak NG 1.52 reads freed memory when it is initialised twice.
 
     Raises:
-        UserError: the wheel is missing or its library cannot be loaded here.
+        UserError: the wheel is missing or its library cannot be loaded.
     """
     try:
         import espeakng_loader
@@ -125,18 +124,17 @@ def load_espeak() -> tuple[ctypes.CDLL, int]:
         library = ctypes.CDLL(espeakng_loader.get_library_path())
     except (ImportError, OSError) as error:
         raise UserError(
-            f"eSpeak NG cannot be loaded ({error}); try: pip install espeakng-loader. "
-            "Training needs no eSpeak: see the README for data of your own"
+            f"eSpeak NG cannot be loaded ({error}); run: pip install espeakng-loader"
         ) from None
     synchronous, data = 2, str(espeakng_loader.get_data_path()).encode()
     return library, library.espeak_Initialize(synchronous, 0, data, 0)
 
 
 class Espeak:
-    """eSpeak NG's synthesiser, with one of its voices.
+    """The eSpeak NG synthesiser with one voice.
 
     Raises:
-        UserError: it does not start.
+        UserError: the library does not start or does not have the voice.
     """
 
     def __init__(self, voice: str):
@@ -145,16 +143,18 @@ class Espeak:
             raise UserError(f"eSpeak NG does not start with the voice {voice!r}")
         self.pieces: list[np.ndarray] = []
         prototype = (ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        self.callback = ctypes.CFUNCTYPE(*prototype)(self._receive)
+        self.callback = ctypes.CFUNCTYPE(*prototype)(
+            self._receive
+        )  # the library keeps no reference
         self.library.espeak_SetSynthCallback(self.callback)
 
     def _receive(self, samples, count: int, _events) -> int:
         if samples and count > 0:
             self.pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0  # go on
+        return 0  # continue
 
-    def speak(self, sentence: str) -> np.ndarray:
-        """16-bit samples [N] at `sampling_rate` Hz."""
+    def synthesize(self, sentence: str) -> np.ndarray:
+        """Returns the int16 samples [N] of a sentence, at `sampling_rate`."""
         self.pieces.clear()
         text, utf8 = sentence.encode(), 1
         self.library.espeak_Synth(text, len(text) + 1, 0, 1, 0, utf8, None, None)
@@ -163,20 +163,19 @@ class Espeak:
 
 
 def write_corpus(folder: Path) -> float:
-    """Speaks SENTENCES into `folder`, as wavs/ and two lists; returns the seconds of speech."""
-    espeak = Espeak(VOICE)
-    (folder / "wavs").mkdir(parents=True)
-    ids, seconds = [f"sentence{i:02}" for i in range(1, len(SENTENCES) + 1)], 0.0
-    for clip_id, sentence in zip(ids, SENTENCES, strict=True):
-        wav = espeak.speak(sentence)
-        soundfile.write(folder / "wavs" / f"{clip_id}.wav", wav, espeak.sampling_rate)
+    """Writes SENTENCES as wavs, and the two file lists; returns the seconds of speech."""
+    espeak, seconds, lines = Espeak(VOICE), 0.0, []
+    for name in ("wavs", "held_out"):
+        (folder / name).mkdir(parents=True)
+    for i, sentence in enumerate(SENTENCES, start=1):
+        path, wav = folder / f"wavs/sentence{i:02}.wav", espeak.synthesize(sentence)
+        soundfile.write(path, wav, espeak.sampling_rate)
         seconds += len(wav) / espeak.sampling_rate
-    lines = [f"{clip_id}|{text}\n" for clip_id, text in zip(ids, SENTENCES, strict=True)]
+        lines.append(f"{path.stem}|{sentence}\n")
+        if i > len(SENTENCES) - HELD_OUT:
+            shutil.copy(path, folder / "held_out")
     (folder / "training.txt").write_text("".join(lines[:-HELD_OUT]))
     (folder / "validation.txt").write_text("".join(lines[-HELD_OUT:]))
-    (folder / "held_out").mkdir()
-    for clip_id in ids[-HELD_OUT:]:
-        shutil.copy(folder / "wavs" / f"{clip_id}.wav", folder / "held_out")
     return seconds
 
 
@@ -184,27 +183,27 @@ def write_corpus(folder: Path) -> float:
 
 
 def run_script(script: str, *flags: object, seconds: float | None = None) -> None:
-    """Prints `python <script> <flags>` and runs it, for `seconds` at most: then Ctrl-C is sent.
+    """Prints `python <script> <flags>` and runs it; interrupts it after `seconds` as Ctrl-C does.
 
     Raises:
-        UserError: it failed; it has said why.
+        UserError: the script failed.
     """
     words = [script, *map(str, flags)]
     say(f"\n$ python {shlex.join(words)}")
-    process = subprocess.Popen([sys.executable, str(HERE / script), *words[1:]])
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *words[1:]])
     try:
         status = process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
         status = process.wait()
-    stopped = 128 + signal.SIGINT
-    if status not in (0, stopped) or (status == stopped and seconds is None):
-        raise UserError(f"{script} failed with exit status {status}; what it said is above")
+    interrupted = 128 + signal.SIGINT
+    if status not in (0, interrupted) or (status == interrupted and seconds is None):
+        raise UserError(f"{script} failed with exit status {status}; its message is printed above")
 
 
 def train(folder: Path, minutes: float) -> None:
-    """train.py on the corpus, stopped after `minutes` as a person would: with Ctrl-C."""
-    config = json.loads(CONFIG.read_text()) | CHANGES
+    """Runs train.py on the corpus for `minutes`."""
+    config = json.loads(CONFIG.read_text()) | CONFIG_CHANGES
     (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
     run_script(
         "train.py",
@@ -219,8 +218,8 @@ def train(folder: Path, minutes: float) -> None:
     )
 
 
-def vocode(folder: Path, checkpoint: Path, name: str) -> None:
-    """inference.py on the held-out sentences."""
+def resynthesize(folder: Path, checkpoint: Path, name: str) -> None:
+    """Runs inference.py on the held-out sentences; writes to `<folder>/<name>`."""
     run_script(
         "inference.py",
         *("--input_wavs_dir", folder / "held_out", "--output_dir", folder / name),
@@ -228,8 +227,22 @@ def vocode(folder: Path, checkpoint: Path, name: str) -> None:
     )
 
 
-def compare(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
-    """evaluate.py on what was vocoded, with a page to hear it; the means by name and metric."""
+def stream(folder: Path, checkpoint: Path) -> None:
+    """Runs meldataset.py, and inference_e2e.py with 32 frames (0.37 s) at a time."""
+    run_script(
+        "meldataset.py",
+        *("--config", checkpoint.parent / "config.json"),
+        *("--input_wavs_dir", folder / "held_out", "--output_dir", folder / "mels"),
+    )
+    run_script(
+        "inference_e2e.py",
+        *("--input_mels_dir", folder / "mels", "--output_dir", folder / "streamed"),
+        *("--checkpoint_file", checkpoint, "--chunk_frames", 32),
+    )
+
+
+def evaluate(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    """Runs evaluate.py on the folders `names`; returns the mean of each metric by name."""
     run_script(
         "evaluate.py",
         *("--reference_dir", folder / "held_out"),
@@ -244,25 +257,11 @@ def compare(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
     }
 
 
-def stream(folder: Path, checkpoint: Path) -> None:
-    """meldataset.py, and inference_e2e.py in chunks of a third of a second."""
-    run_script(
-        "meldataset.py",
-        *("--config", checkpoint.parent / "config.json"),
-        *("--input_wavs_dir", folder / "held_out", "--output_dir", folder / "mels"),
-    )
-    run_script(
-        "inference_e2e.py",
-        *("--input_mels_dir", folder / "mels", "--output_dir", folder / "streamed"),
-        *("--checkpoint_file", checkpoint, "--chunk_frames", 32),
-    )
-
-
 # ------------------------------------------------------------------------------------- the report
 
 
-def draw_curve(logs: Path, path: Path) -> None:
-    """The mel loss of training and the mel error of validation, step by step."""
+def plot_losses(logs: Path, path: Path) -> None:
+    """Plots the mel loss of training and the mel error of validation over steps."""
     events = EventAccumulator(str(logs))
     events.Reload()
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -270,14 +269,14 @@ def draw_curve(logs: Path, path: Path) -> None:
     for tag in ("training/gen_loss_mel", "validation/mel_spec_error"):
         points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
         axes.plot([p.step for p in points], [p.value for p in points], label=tag, marker=".")
-    axes.set(xlabel="steps", title="What train.py logged")
+    axes.set(xlabel="steps", title="Losses that train.py logged")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
 
 def metric_table(means: dict[str, dict[str, float]]) -> str:
-    """SHOWN_METRICS of each system, by its name, in markdown."""
+    """Returns SHOWN_METRICS of each system as a Markdown table."""
     shown = [name for name in SHOWN_METRICS if any(name in row for row in means.values())]
     lines = [f"| system | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
     for system, row in means.items():
@@ -287,65 +286,75 @@ def metric_table(means: dict[str, dict[str, float]]) -> str:
 
 
 def write_report(folder: Path, table: str, seconds: float) -> None:
-    """report.md and the curve."""
-    draw_curve(folder / "cp/logs", folder / "curve.png")
+    """Writes report.md and its plot."""
+    plot_losses(folder / "cp/logs", folder / "curve.png")
     (folder / "report.md").write_text(
-        f"# What MISRNet learnt in minutes\n\n{HELD_OUT} sentences that it never heard, vocoded "
-        f"from their mels:\n\n{table}\n\n"
-        "`mel_l1`: lower is better; the others: higher. `python evaluate.py --help` says what "
-        "each is. Hear and see them: [index.html](index.html).\n\n"
-        "![learning curve](curve.png)\n\n"
-        f"The whole demonstration took {seconds / 60:.1f} minutes. It is one: a synthetic voice, "
-        f"{len(SENTENCES) - HELD_OUT} sentences, a small generator, no adversarial losses. A "
-        "vocoder for real speech takes a corpus such as LJSpeech (24 hours) and days on a GPU: "
-        "`python train.py --config config_v1.json`.\n"
+        f"# A vocoder trained in minutes\n\nThe table compares {HELD_OUT} sentences that were not "
+        f"used for training with their resynthesis from mels:\n\n{table}\n\n"
+        "Lower is better for `mel_l1`, higher for the others. `python evaluate.py --help` defines "
+        "each metric. Listen to the sentences on [index.html](index.html).\n\n"
+        "![losses over steps](curve.png)\n\n"
+        f"The whole demonstration took {seconds / 60:.1f} minutes. The voice is synthetic, the "
+        f"corpus has {len(SENTENCES) - HELD_OUT} sentences, and no discriminators were used. A "
+        "vocoder for real speech needs hours of recordings; see the README.\n"
     )
 
 
-def main() -> int:
-    """The demonstration, stage by stage."""
+def main() -> None:
+    """Runs the demonstration."""
     parser = command_parser(
-        "Makes a small corpus with eSpeak NG, trains a vocoder on it and shows what was learnt.",
-        example="python demo.py --minutes 2",
+        "Makes a small corpus with eSpeak NG, trains a vocoder on it and evaluates the result.",
+        example="python demo/learn_a_voice.py --minutes 2",
     )
-    parser.add_argument("--minutes", type=positive, default=4, metavar="N", help="of training")
     parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR", default="demo", help="must not exist yet"
+        "--minutes", type=positive, default=3, metavar="N", help="duration of the training"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        default="demo_output",
+        help="folder for all results; it must not exist",
     )
     a = parser.parse_args()
-    folder, begin = a.output_dir, time.monotonic()
-    if folder.exists():
-        raise UserError(f"{folder}: exists; remove it or pass another --output_dir")
-    say(f"1. A corpus: eSpeak NG speaks {len(SENTENCES)} sentences (seconds).")
+    if a.output_dir.exists():
+        raise UserError(f"{a.output_dir}: exists; remove it or pass another --output_dir")
+    run(a.output_dir, a.minutes)
+
+
+def run(folder: Path, minutes: int) -> None:
+    """Runs the six steps and writes all results to `folder`.
+
+    Raises:
+        UserError: eSpeak NG is missing, a script failed, or the training completed no step.
+    """
+    begin = time.monotonic()
+    say(f"1. Data: eSpeak NG synthesises {len(SENTENCES)} sentences (seconds).")
     seconds = write_corpus(folder)
     say(f"   {seconds / 60:.1f} minutes of speech in {folder}/wavs; {HELD_OUT} are held out.")
-    say("\n2. The held-out sentences, by shipped weights, which never heard this voice (seconds).")
-    vocode(folder, PRETRAINED, "shipped")
-    names = ["shipped"]
+    say("\n2. The held-out sentences with pretrained weights, trained on other voices (seconds).")
+    resynthesize(folder, next(PRETRAINED_DIR.glob("g_*")), "pretrained")
     say(
-        f"\n3. A vocoder of {PARAMETERS} parameters learns this voice from nothing, for "
-        f"{a.minutes} minutes; its Mel-Spec. Error should fall."
+        f"\n3. Training: a vocoder of a million parameters, from scratch, for {minutes} "
+        "minutes. The Mel-Spec. Error should fall."
     )
-    train(folder, a.minutes)
+    train(folder, minutes)
     saved = checkpoint_steps(folder / "cp", "g")
     if not saved:
-        raise UserError(f"not one step in {a.minutes} minutes; raise --minutes")
-    say("\n4. The held-out sentences, early and at the end (seconds).")
+        raise UserError(f"no step was completed in {minutes} minutes; raise --minutes")
+    say("\n4. The held-out sentences with the first and the last checkpoint (seconds).")
+    names = ["pretrained"]
     for steps in dict.fromkeys((saved[0], saved[-1])):
         names.append(f"after_{steps}_steps")
         checkpoint = checkpoint_path(folder / "cp", "g", steps)
-        vocode(folder, checkpoint, names[-1])
-    say("\n5. From mels, in chunks of a third of a second, as a stream would have them (seconds).")
+        resynthesize(folder, checkpoint, names[-1])
+    say("\n5. The same from mels, 32 frames at a time, as in streaming (seconds).")
     stream(folder, checkpoint)
-    say("\n6. How near each comes to the sentences themselves, and a page to hear it (a minute).")
-    table = metric_table(compare(folder, names))
+    say("\n6. Metrics against the original sentences, and a page with all clips (a minute).")
+    table = metric_table(evaluate(folder, names))
     write_report(folder, table, time.monotonic() - begin)
-    say(
-        f"\n{table}\n\nListen: open {(folder / 'index.html').resolve()} in a browser. The figures "
-        f"and the curve are in {folder}/report.md.\n"
-        "This was a synthetic voice and minutes of training. For real speech see the README."
-    )
-    return 0
+    page = (folder / "index.html").resolve()
+    say(f"\n{table}\n\nListen: open {page} in a browser. The report is {folder}/report.md.")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ SHARED = "#8d6cc2"
 
 
 def box(ax: Axes, x: float, y: float, width: float, text: str, color: str) -> None:
-    """A box around (x, y), 0.62 high."""
+    """Draws a box around (x, y), 0.62 high."""
     style = "round,pad=0,rounding_size=0.12"
     corner = (x - width / 2, y - 0.31)
     ax.add_patch(FancyBboxPatch(corner, width, 0.62, boxstyle=style, fc=color, ec="none"))
@@ -25,19 +25,19 @@ def box(ax: Axes, x: float, y: float, width: float, text: str, color: str) -> No
 
 
 def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """From `start` to `end`."""
+    """Draws an arrow from `start` to `end`."""
     style = {"arrowstyle": "-|>", "color": INK, "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
     ax.annotate("", xy=end, xytext=start, arrowprops=style)
 
 
 def title(ax: Axes, x: float, text: str, subtitle: str) -> None:
-    """A heading with a line below it."""
+    """Writes a heading with a line below it."""
     ax.text(x, 4.75, text, ha="center", fontsize=12, weight="bold", color=INK)
     ax.text(x, 4.33, subtitle, ha="center", fontsize=9, color=INK)
 
 
 def mrf(ax: Axes) -> None:
-    """Three blocks, each with weights of its own."""
+    """Draws MRF: three blocks, each with its own weights."""
     title(ax, 2.6, "MRF (HiFi-GAN)", "three blocks, three sets of weights")
     box(ax, 0.5, 2.6, 0.7, "x", SHADE)
     for y, kernel, color in zip((3.5, 2.6, 1.7), (3, 7, 11), BLOCKS, strict=True):
@@ -48,8 +48,8 @@ def mrf(ax: Axes) -> None:
 
 
 def misr(ax: Axes) -> None:
-    """Three views, one block."""
-    title(ax, 9.3, "MISR (MISRNet)", "three views by 1x1 convolutions, one shared block")
+    """Draws MISR: three 1x1 convolutions and one shared block."""
+    title(ax, 9.3, "MISR (MISRNet)", "three 1x1 convolutions, one shared block")
     box(ax, 6.3, 2.6, 0.7, "x", SHADE)
     for y, color in zip((3.5, 2.6, 1.7), BLOCKS, strict=True):
         arrow(ax, (6.65, 2.6), (7.2, y))
@@ -61,7 +61,7 @@ def misr(ax: Axes) -> None:
 
 
 def tensor(ax: Axes, x: float, colors: tuple[str, ...], shape: str, gap: float) -> None:
-    """Slabs of C channels over each other, `gap` apart, with their shape below."""
+    """Draws slabs of C channels, `gap` apart, and their shape below."""
     height = 0.3
     for i, color in enumerate(colors):
         y = 0.5 + ((len(colors) - 1) / 2 - i) * (height + gap)
@@ -70,7 +70,7 @@ def tensor(ax: Axes, x: float, colors: tuple[str, ...], shape: str, gap: float) 
 
 
 def reshape(ax: Axes) -> None:
-    """The shapes on the way through MISR."""
+    """Draws the tensors on the way through MISR."""
     stations = (
         (0.9, (SHADE,), "[B, C, T]", 0.0),
         (3.9, BLOCKS, "[B, N*C, T]", 0.0),

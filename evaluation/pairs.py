@@ -1,9 +1,10 @@
-"""Pairs of a recording and the speech generated from it: files by name, and a delay between them.
+"""Pairs of a recording and the speech generated from it: files by name, and the delay between them.
 
-a/b.flac and a/b_generated.wav are one pair
+recordings/a/b.flac and generated/a/b_generated.wav form the pair "a/b".
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,100 +12,159 @@ import torch
 import torch.nn.functional as F
 
 from audio import AUDIO_EXTENSIONS, load_wav
-from env import Config, UserError
+from env import Config, UsageError, UserError
 from evaluation.metrics import SIDES, Pair
 from evaluation.report import RECORDINGS
-from utils import find_files
+from utils import composed, find_files
 
-ENDINGS = ("_generated", "_generated_e2e")  # what the inference scripts add to a name
+ENDINGS = ("_generated_e2e", "_generated")  # added by inference_e2e.py and inference.py
 
-DELAY_HOPS = 2  # so much, either way, is looked for
-DELAY_CLIPS = 32  # that are looked at
-SAME_DELAY = 1 / 8  # hops, within which those of most clips must lie to be constant
-MOST = 3 / 4
-SMALLEST_DELAY = 1 / 16  # hops; what is nearer to zero is taken for none
+DELAY_HOPS = 2  # the largest delay, either way, that is searched
+DELAY_CLIPS = 32  # clips that are searched
+SAME_DELAY = 1 / 8  # hops; delays this close count as the same
+MOST = 3 / 4  # the share of clips with the same delay that makes it constant
+SMALLEST_DELAY = 1 / 16  # hops; a smaller delay counts as none
 
 
 class FilePair(NamedTuple):
-    """Two files of one name, which is relative to their folders and has no extension."""
+    """A generated file and its recording, if it has one.
+
+    `name` is the path relative to the folder, without extension and ENDINGS.
+    """
 
     name: str
-    reference: Path
+    reference: Path | None
     generated: Path
     system: str = ""
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """The files by SIDES."""
+        found = zip(SIDES, (self.reference, self.generated), strict=True)
+        return {side: str(path) for side, path in found if path is not None}
 
-def name_systems(folders: list[Path]) -> dict[str, Path]:
-    """The folders by name: the last parts of each path, as many as tell it from the others.
+
+def name_systems(given: list[str]) -> dict[str, Path]:
+    """Returns the folders of `given`, each `DIR` or `NAME=DIR`, by the names of their systems.
+
+    A folder without a name is called by the last parts of its path, as many as are needed to tell
+    it from the others.
 
     Raises:
-        UserError: a folder is given twice.
+        UsageError: a folder or a name is given twice, or a system has the name of the recordings.
     """
+    names, folders = zip(*map(_split_name, given), strict=True)
     paths = [folder.resolve().parts for folder in folders]
-    names: dict[str, Path] = {}
-    for folder, path in zip(folders, paths, strict=True):
+    systems: dict[str, Path] = {}
+    for name, folder, path in zip(names, folders, paths, strict=True):
         if paths.count(path) > 1:
-            raise UserError(f"--generated_dir {folder}: given twice")
-        for count in range(1, len(path) + 1):
-            name = "/".join(path[-count:])
-            if sum(each[-count:] == path[-count:] for each in paths) == 1 and name != RECORDINGS:
-                break
-        names[name] = folder
-    return names
+            raise UsageError(f"--generated_dir {folder}: given twice")
+        name = name or _shortest_name(path, paths)
+        if name in systems or name == RECORDINGS:
+            raise UsageError(f"--generated_dir {name}={folder}: the name {name} is already used")
+        systems[name] = folder
+    return systems
+
+
+def _split_name(given: str) -> tuple[str, Path]:
+    name, equals, folder = given.partition("=")
+    is_named = equals and not os.path.isdir(given)
+    return (name, Path(folder)) if is_named else ("", Path(given))
+
+
+def _shortest_name(path: tuple[str, ...], paths: list[tuple[str, ...]]) -> str:
+    for count in range(1, len(path)):
+        name = "/".join(path[-count:])
+        if sum(each[-count:] == path[-count:] for each in paths) == 1 and name != RECORDINGS:
+            return name
+    return "/".join(path)
 
 
 def pair_files(
     reference_dir: str | Path,
     generated_dir: str | Path,
-    others: list[Path] | tuple = (),
+    others: Iterable[Path] = (),
     system: str = "",
-) -> tuple[list[FilePair], list[str], list[str]]:
-    """Pairs the audio files of two folders, in depth, by name: `a/b.flac` and `a/b_generated.wav`.
+) -> tuple[list[FilePair], list[Path], dict[str, Path]]:
+    """Pairs the audio files of two folders by name; subfolders are searched.
 
-    What lies in one of the `others` inside a folder is not that folder's.
+    A folder of `others` inside one of the two does not belong to it.
 
     Returns:
-        The pairs, and the references and the generated files without a partner.
+        The pairs, the recordings without a generated file, and the generated files without a
+        recording, by name.
 
     Raises:
-        UserError: no such folder, no pair, or more than one file for one name.
+        UserError: no such folder, no pair, or two files with the same name.
     """
     folders = Path(reference_dir), Path(generated_dir)
     if folders[0].resolve() == folders[1].resolve():
         raise UserError(f"{generated_dir}: reference and generated files in one folder; use two")
     references, generated = (_by_name(folder, {*folders, *others}) for folder in folders)
-    pairs = []
+    pairs: list[FilePair] = []
+    used: set[str | Path] = set()
     for name, path in references.items():
+        # "a_generated" is the copy of "a", unless a recording has that name.
         names = [name, *(name + end for end in ENDINGS if name + end not in references)]
-        found = [generated[each] for each in names if each in generated]
+        found = [each for each in names if each in generated]
         if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1]} are both named after {path}; keep one")
-        pairs += [FilePair(name, path, each, system) for each in found]
+            one, other = (generated[each] for each in found[:2])
+            raise UserError(f"{one} and {other} are both named after {path}; keep one")
+        pairs += [FilePair(name, path, generated[each], system) for each in found]
+        used |= {*found, path} if found else set()
     if not pairs:
         raise UserError(
             f"{generated_dir}: no audio file is named as one in {reference_dir}; expected <name> "
             f"{' '.join(f'or <name>{end}' for end in ENDINGS)} in the same subfolder"
         )
-    left = [set(references.values()), set(generated.values())]
-    for pair in pairs:
-        left[0].remove(pair.reference)
-        left[1].remove(pair.generated)
-    return pairs, *(sorted(map(str, paths)) for paths in left)
+    without = [path for path in references.values() if path not in used]
+    return pairs, without, {name: path for name, path in generated.items() if name not in used}
+
+
+def list_files(generated_dir: str | Path, others: Iterable[Path]) -> dict[str, Path]:
+    """Returns the audio files of a folder by name, for `without_reference`.
+
+    Raises:
+        UserError: no such folder, no audio file, or two files with the same name.
+    """
+    files = _by_name(Path(generated_dir), set(others))
+    if not files:
+        raise UserError(f"{generated_dir}: no audio file; expected {', '.join(AUDIO_EXTENSIONS)}")
+    return files
+
+
+def without_reference(generated: dict[str, Path], system: str) -> list[FilePair]:
+    """Returns the files of `list_files`, or those that `pair_files` left over, as FilePairs.
+
+    Raises:
+        UserError: two files have the same name without ENDINGS.
+    """
+    found: dict[str, Path] = {}
+    for name, path in generated.items():
+        for ending in ENDINGS:
+            name = name.removesuffix(ending)
+        if name in found:
+            raise UserError(f"{found[name]} and {path} have one name; keep one")
+        found[name] = path
+    return [FilePair(name, None, path, system) for name, path in found.items()]
 
 
 def _by_name(folder: Path, given: set[Path]) -> dict[str, Path]:
-    """The audio files of `folder`, but for those of another `given` folder inside it, by name."""
-    if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long
+    """Returns the audio files of `folder`, without those of a `given` folder inside it, by name.
+
+    Names are in NFC: Macs write accents in NFD.
+    """
+    if not os.path.isdir(folder):  # Path.is_dir raises if a name is too long
         raise UserError(f"{folder}: no such folder")
     whole = folder.resolve()
     inner = [each for each in (path.resolve() for path in given) if whole in each.parents]
-    files = {}
+    files: dict[str, Path] = {}
     for path in find_files(folder):
         if path.suffix.lower() not in AUDIO_EXTENSIONS:
             continue
         if any(path.resolve().is_relative_to(each) for each in inner):
             continue
-        name = path.relative_to(folder).with_suffix("").as_posix()
+        name = composed(path.relative_to(folder).with_suffix("").as_posix())
         if name in files:
             raise UserError(f"{files[name]} and {path} have one name; keep one")
         files[name] = path
@@ -112,24 +172,29 @@ def _by_name(folder: Path, given: set[Path]) -> dict[str, Path]:
 
 
 def load_pair(files: FilePair, h: Config) -> dict[str, torch.Tensor]:
-    """Both waveforms [N], by SIDES; raises UserError as `load_wav` does."""
-    return {
-        side: load_wav(getattr(files, side), h.sampling_rate, min_samples=h.hop_size, min_peak=0)
-        for side in SIDES
+    """Returns both waveforms [N] by SIDES; without a reference, the generated one for both.
+
+    Raises:
+        UserError: as `load_wav`.
+    """
+    wavs = {
+        side: load_wav(path, h.sampling_rate, min_samples=h.hop_size, min_peak=0)
+        for side, path in files.paths.items()
     }
+    return {"reference": wavs["generated"]} | wavs
 
 
 def shift(wavs: dict[str, torch.Tensor], delay: int) -> dict[str, torch.Tensor]:
-    """Waveforms that begin together, where the generated one lags by `delay` samples."""
+    """Returns waveforms that start together; the generated one lags by `delay` samples before."""
     late = "generated" if delay > 0 else "reference"
     return wavs | {late: wavs[late][abs(delay) :]}
 
 
 def find_delay(files: FilePair, h: Config) -> int | None:
-    """By how many samples the generated file lags: where the mel error is least.
+    """Returns the samples by which the generated file lags: the delay of the smallest mel error.
 
-    From two hops before to two after, to a sample; phases play no part. None for a file that cannot
-    be read or is too short.
+    It is searched to a sample within DELAY_HOPS hops either way. Phases do not matter. The result
+    is None for a file that cannot be read or is too short.
     """
     try:
         wavs = load_pair(files, h)
@@ -153,7 +218,7 @@ def find_delay(files: FilePair, h: Config) -> int | None:
 
 
 def constant_delay(delays: list[int | None], hop_size: int) -> int:
-    """The delay that most clips share, in samples; 0 where they share none."""
+    """Returns the delay in samples that most clips share, or 0 if there is none."""
     known = [delay for delay in delays if delay is not None]
     if not known:
         return 0

@@ -1,4 +1,11 @@
-"""What evaluate.py found, as JSON, as tables and in words."""
+"""The results of evaluate.py as JSON, as tables in markdown and as lines on standard error.
+
+    report = build_report(results, h, systems, METRICS)
+    report["metrics"]["mel_l1"]["systems"]["frame_v2"]["mean"]
+
+A report has one group of clips, "metrics" and "files". Clips without a recording beside clips with
+one are a second group, report["unpaired"].
+"""
 
 import itertools
 import platform
@@ -12,28 +19,30 @@ import scipy.stats
 from tqdm import tqdm
 
 from env import Config, one_line
-from evaluation.metrics import SEED, SIDES, Measurement, Metric, name_missing
+from evaluation.metrics import SIDES, Measurement, Metric, say_missing
+from evaluation.opinion import SEED
 
-RECORDINGS = SIDES[0]  # the system that the others are compared with
+RECORDINGS = SIDES[0]  # the name of the recordings as a system
 CONFIDENCE = 0.95
 RESAMPLES = 9999  # of the bootstrap
-NAMED_FILES = 5  # of those without a partner are named on the terminal
+NAMED_FILES = 5  # of the files without a partner, these are named on the terminal
 
 
 @dataclass
 class System:
-    """A folder of generated speech, or that of the recordings."""
+    """A folder of generated speech, or the folder of the recordings."""
 
     folder: str
-    unpaired: dict[str, list[str]]  # files without a partner, of "reference" and "generated"
-    delay_samples: int = 0  # that were made up for, at h.sampling_rate; above 0 it lags
+    unpaired: dict[str, list[str]] = field(default_factory=dict)  # files without partner, by SIDES
+    delay_samples: int = 0  # compensated, at h.sampling_rate; a positive delay is a lag
+    about: str = ""  # one line for the page
 
 
 @dataclass(kw_only=True)
 class FileResult(Measurement):
-    """A Measurement of two files, or the error that stopped it.
+    """The Measurement of two files, or the error that prevented it.
 
-    Dictionaries are of "reference" and "generated".
+    The dictionaries have the keys SIDES; a file without a recording has no "reference".
     """
 
     name: str
@@ -41,12 +50,15 @@ class FileResult(Measurement):
     paths: dict[str, str]
     error: str = ""
     sampling_rates: dict[str, int] = field(default_factory=dict)  # Hz, of the files
-    samples: int = 0  # that were compared, at h.sampling_rate
-    cut_samples: dict[str, int] = field(default_factory=dict)  # off the end, at h.sampling_rate
+    samples: int = 0  # compared, at h.sampling_rate
+    cut_samples: dict[str, int] = field(default_factory=dict)  # cut at the end, at h.sampling_rate
+
+
+# ------------------------------------------------------------------------------------ the report
 
 
 def summarize(values: list[float]) -> dict:
-    """Mean, its percentile bootstrap interval (None for fewer than two values) and count."""
+    """Returns mean, percentile bootstrap interval (None for fewer than two values) and count."""
     mean = float(np.mean(values)) if values else None
     if len(values) < 2:
         return {"mean": mean, "interval": None, "n": len(values)}
@@ -54,7 +66,7 @@ def summarize(values: list[float]) -> dict:
         (values,),
         np.mean,
         n_resamples=RESAMPLES,
-        batch=100,  # memory: thousands of files, thousands of resamples
+        batch=100,  # bounds the memory for thousands of files
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(SEED),
@@ -65,19 +77,25 @@ def summarize(values: list[float]) -> dict:
 def build_report(
     results: list[FileResult], h: Config, systems: dict[str, System], metrics: Iterable[Metric]
 ) -> dict:
-    """Everything that was found, for JSON. `systems`: RECORDINGS first, by name."""
+    """Returns everything that was measured, for JSON. `systems` starts with RECORDINGS, if any."""
     measured = [result for result in results if not result.error]
     missing = {name: reason for result in measured for name, reason in result.missing.items()}
-    metrics = [metric for metric in metrics if metric.name not in missing]
-    files: dict[str, dict] = {}
-    for result in measured:
-        facts = _without(asdict(result), "name", "system", "error", "missing")
-        files.setdefault(result.name, {})[result.system] = facts
+    metrics = [
+        metric
+        for metric in metrics
+        if metric.name not in missing and metric.lowest_sampling_rate <= h.sampling_rate
+    ]
+    with_reference = [r for r in measured if r.system == RECORDINGS or RECORDINGS in r.paths]
+    without = [result for result in measured if result not in with_reference]
     report = {"config": asdict(h), "versions": _versions(metrics), "confidence": CONFIDENCE}
     report["systems"] = {name: asdict(system) for name, system in systems.items()}
-    report["metrics"] = {metric.name: _column(metric, files, systems) for metric in metrics}
+    if RECORDINGS in systems:
+        report |= _group(with_reference, [*systems], metrics)
+    if without or RECORDINGS not in systems:
+        generated = [name for name in systems if name != RECORDINGS]
+        group = _group(without, generated, [m for m in metrics if not m.needs_reference])
+        report |= {"unpaired": group} if RECORDINGS in systems else group
     report["missing"] = missing
-    report["files"] = [{"name": name, "systems": found} for name, found in files.items()]
     report["skipped"] = [
         {"name": result.name, "system": result.system, "error": result.error}
         for result in results
@@ -86,8 +104,19 @@ def build_report(
     return report
 
 
-def _column(metric: Metric, files: dict[str, dict], systems: Iterable[str]) -> dict:
-    """What a metric is, its mean of each system, and the differences over the same clips."""
+def _group(results: list[FileResult], systems: list[str], metrics: list[Metric]) -> dict:
+    files: dict[str, dict] = {}
+    for result in results:
+        facts = _without(asdict(result), "name", "system", "error", "missing")
+        files.setdefault(result.name, {})[result.system] = facts
+    return {
+        "metrics": {metric.name: _column(metric, files, systems) for metric in metrics},
+        "files": [{"name": name, "systems": found} for name, found in files.items()],
+    }
+
+
+def _column(metric: Metric, files: dict[str, dict], systems: list[str]) -> dict:
+    """Returns a metric's definition, its means by system and the differences of the same clips."""
     columns = {}
     for system in systems:
         found = {name: by[system]["values"] for name, by in files.items() if system in by}
@@ -99,7 +128,7 @@ def _column(metric: Metric, files: dict[str, dict], systems: Iterable[str]) -> d
         gaps = [columns[second][name] - columns[first][name] for name in same]
         if gaps:
             differences.append({"system": second, "minus": first} | summarize(gaps))
-    facts = _without(vars(metric), "function", "requirements")
+    facts = _without(vars(metric), "function", "install", "lowest_sampling_rate")
     means = {name: summarize(list(values.values())) for name, values in columns.items()}
     return facts | {"systems": means, "differences": differences}
 
@@ -118,42 +147,55 @@ def _versions(metrics: Iterable[Metric]) -> dict[str, str]:
     return versions
 
 
-def columns_of(report: dict) -> list[str]:
-    """The systems that have a column: the recordings only where a metric knows them."""
-    metrics = report["metrics"].values()
-    known = any(facts["systems"][RECORDINGS]["n"] for facts in metrics)
-    return [name for name in report["systems"] if known or name != RECORDINGS]
+def groups_of(report: dict) -> list[dict]:
+    """Returns the groups of clips, each with "metrics" and "files"."""
+    return [report, report["unpaired"]] if "unpaired" in report else [report]
 
 
-def mean_table(report: dict) -> str:
-    """The means with their intervals, a column a system, in markdown."""
-    columns = columns_of(report)
+def systems_of(group: dict) -> list[str]:
+    """Returns the systems that have a mean of some metric, in order."""
+    means = [facts["systems"] for facts in group["metrics"].values()]
+    known = {name for each in means for name, mean in each.items() if mean["n"]}
+    return [name for name in next(iter(means), {}) if name in known or name != RECORDINGS]
+
+
+def count_files(group: dict, system: str) -> int:
+    """Returns the number of measured files of a system."""
+    return sum(system in file["systems"] for file in group["files"])
+
+
+# ------------------------------------------------------------------------------------ the tables
+
+
+def mean_table(group: dict) -> str:
+    """Returns the means with their intervals, one column for each system, in markdown."""
+    columns = systems_of(group)
     rows = []
-    for name, facts in report["metrics"].items():
-        cells = [_mean_cell(facts["systems"][system], report, system) for system in columns]
+    for name, facts in group["metrics"].items():
+        cells = [_mean_cell(facts["systems"][system], group, system) for system in columns]
         rows.append([f"{name} {arrow(facts)}", facts["unit"], *cells])
-    clips = [str(count_files(report, system)) for system in columns]
+    clips = [str(count_files(group, system)) for system in columns]
     return _table(["metric", "unit", *columns], [*rows, ["clips", "", *clips]])
 
 
-def difference_table(report: dict) -> str:
-    """The differences of generated systems over the same clips, in markdown; "" for one system."""
-    found = [each for facts in report["metrics"].values() for each in facts["differences"]]
+def difference_table(group: dict) -> str:
+    """Returns the differences of systems over the same clips, in markdown; "" for one system."""
+    found = [each for facts in group["metrics"].values() for each in facts["differences"]]
     pairs = dict.fromkeys((f["system"], f["minus"]) for f in found if f["minus"] != RECORDINGS)
     rows = []
-    for name, facts in report["metrics"].items():
+    for name, facts in group["metrics"].items():
         found = {(each["system"], each["minus"]): each for each in facts["differences"]}
         cells = [difference_cell(found[pair]) if pair in found else "-" for pair in pairs]
         rows.append([f"{name} {arrow(facts)}", facts["unit"], *cells])
     return _table(["metric", "unit", *map(" - ".join, pairs)], rows) if pairs else ""
 
 
-def file_table(report: dict) -> str:
-    """The value of each file, a column a system, in markdown."""
-    columns = columns_of(report)
+def file_table(group: dict) -> str:
+    """Returns the value of each file, one column for each system, in markdown."""
+    columns = systems_of(group)
     rows = []
-    for name, facts in report["metrics"].items():
-        for file in report["files"]:
+    for name, facts in group["metrics"].items():
+        for file in group["files"]:
             values = [file["systems"].get(system, {"values": {}})["values"] for system in columns]
             cells = [number(each.get(name)) for each in values]
             rows.append([f"{name} {arrow(facts)}", file["name"], *cells])
@@ -166,87 +208,93 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _mean_cell(summary: dict, report: dict, system: str) -> str:
-    some = 0 < summary["n"] < count_files(report, system)
+def _mean_cell(summary: dict, group: dict, system: str) -> str:
+    some = 0 < summary["n"] < count_files(group, system)
     return number(summary["mean"]) + between(summary) + (f" n={summary['n']}" if some else "")
 
 
 def difference_cell(summary: dict) -> str:
-    """A difference with its interval; in bold where that does not hold zero."""
+    """Returns a difference with its interval, in bold if the interval excludes zero."""
     text = f"{summary['mean']:+.3g}{between(summary, '+.3g')}"
     low, high = summary["interval"] or (0, 0)
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def between(summary: dict, form: str = "#.4g") -> str:
-    """The interval in words; "" where there is none."""
+    """Returns the interval as " (low to high)", or "" if there is none."""
     low_high = summary["interval"]
     return f" ({' to '.join(format(end, form) for end in low_high)})" if low_high else ""
 
 
 def number(value: float | None) -> str:
-    """A value as the tables show it."""
+    """Returns a value with four digits, or "-" for None."""
     return "-" if value is None else f"{value:#.4g}"
 
 
 def arrow(facts: dict) -> str:
-    """Where better is."""
+    """Returns the direction in which a metric is better."""
     return {"higher": "↑", "lower": "↓"}[facts["better"]]
 
 
-def count_files(report: dict, system: str) -> int:
-    """The files of a system that were measured."""
-    return sum(system in file["systems"] for file in report["files"])
+# ------------------------------------------------------------------------ lines on standard error
 
 
-def name_unpaired(folder: str, names: list[str], other: str) -> None:
-    """Says on standard error how many files of `folder` have no partner in `other`, and which."""
-    if names:
-        more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
-        listed = ", ".join(names[:NAMED_FILES])
-        note = f"{folder}: without a partner in {other} {len(names)}: {listed}{more}"
+def say_unpaired(folder: str, files: list[str], other: str, hint: str = "") -> None:
+    """Prints how many files of `folder` have no partner in `other`, and the first of them."""
+    if files:
+        more = f" and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
+        listed = ", ".join(files[:NAMED_FILES])
+        note = f"{folder}: without a partner in {other} {len(files)}: {listed}{more}{hint}"
         print(one_line(note), file=sys.stderr)
 
 
-def name_troubles(result: FileResult, h: Config) -> None:
-    """Says on standard error what is amiss with a pair, and which metrics are missing."""
+def say_troubles(result: FileResult, h: Config) -> None:
+    """Prints what is wrong with a pair, and which metrics are missing."""
     lines = [f"skipped: {result.error}"] if result.error else []
     for side, cut in result.cut_samples.items():
         if cut > h.n_fft:
             path = result.paths[side]
             lines.append(f"{path}: its last {cut} samples were cut off; its partner is shorter")
-    path = result.paths.get("generated", result.name)
+    path = result.paths["generated"]
     lines += [f"{path}: no {name} ({reason})" for name, reason in result.reasons.items()]
     for line in lines:
         tqdm.write(one_line(line), file=sys.stderr)
     for name, reason in result.missing.items():
-        name_missing(name, reason)
+        say_missing(name, reason)
 
 
 def describe_delay(system: str, samples: int, h: Config) -> str:
-    """That a system lags or leads, by how much, and what was done."""
+    """Returns a line about a compensated delay."""
     verb = "lags" if samples > 0 else "leads"
     milliseconds = 1000 * abs(samples) / h.sampling_rate
     return (
-        f"{system}: {verb} by {abs(samples)} samples ({milliseconds:.1f} ms), which is made up "
-        "for; --no_align measures it as it is"
+        f"{system}: {verb} by {abs(samples)} samples ({milliseconds:.1f} ms), which is "
+        "compensated; --no_align measures the files as they are"
     )
 
 
 def describe_files(report: dict, system: str) -> str:
-    """What was done to the files of a system before they were compared."""
-    files = [file["systems"][system] for file in report["files"] if system in file["systems"]]
+    """Returns a line about the files of a system: their number, and what was done to them."""
+    files = [
+        file["systems"][system]
+        for group in groups_of(report)
+        for file in group["files"]
+        if system in file["systems"]
+    ]
+    pairs = sum(RECORDINGS in file["paths"] for file in files)
     rate = report["config"]["sampling_rate"]
-    cuts = [max(result["cut_samples"].values()) for result in files]
-    resampled = sum(set(result["sampling_rates"].values()) != {rate} for result in files)
+    cuts = [max(file["cut_samples"].values()) for file in files]
+    resampled = sum(set(file["sampling_rates"].values()) != {rate} for file in files)
     skipped = sum(each["system"] == system for each in report["skipped"])
-    return (
-        f"{system}: {len(files)} pairs at {rate} Hz"
-        + (f", {resampled} of them resampled to it" if resampled else "")
-        + (
-            f", {sum(map(bool, cuts))} cut to the shorter by at most {max(cuts)} samples"
-            if any(cuts)
-            else ""
-        )
-        + (f", {skipped} skipped" if skipped else "")
-    )
+    parts = [
+        (pairs, f"{pairs} pairs"),
+        (len(files) - pairs, f"{len(files) - pairs} files without a recording"),
+        (resampled, f"{resampled} of them resampled"),
+        (
+            any(cuts),
+            f"{sum(map(bool, cuts))} cut to the shorter by at most {max(cuts, default=0)} samples",
+        ),
+        (skipped, f"{skipped} skipped"),
+    ]
+    said = ", ".join(text for is_said, text in parts if is_said) or "no files"
+    return f"{system} at {rate} Hz: {said}"

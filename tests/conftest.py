@@ -1,13 +1,13 @@
-"""What the tests share."""
+"""Fixtures and helpers of all tests."""
 
 import math
 import os
 import signal
 from pathlib import Path
 
-# Threads only get in each other's way at toy size. Set before torch loads; subprocesses inherit it.
+# More threads are slower at toy size. Set before torch is imported; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
-# numba's cache, written by several processes at once, can make all crash that read it.
+# A numba cache that several processes write at once can crash all that read it.
 os.environ["NUMBA_CACHE_DIR"] = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
     *(".pytest_cache", "numba", os.environ.get("PYTEST_XDIST_WORKER", "alone")),
@@ -22,8 +22,8 @@ from models import Generator, ResBlock1, ResBlock2
 from tools.toy import ROOT, make_corpus, run_main, save_checkpoint, write_config
 from weights import to_hifigan_names
 
-# Whoever starts the tests may ignore these, as nohup and a shell's background do; programs that the
-# tests start must hear them.
+# nohup, or a shell's background, may have made pytest ignore these signals. Programs that the tests
+# start must receive them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -31,17 +31,17 @@ ALL_CONFIGS = sorted([*ROOT.glob("config_*.json"), *ROOT.glob("configs/*.json")]
 
 
 def random_mel(frames: int) -> torch.Tensor:
-    """A mel [80, frames] of loud and silent bands."""
+    """Returns a mel [80, frames] with loud and silent bands."""
     return torch.rand(80, frames) * 12 - 11
 
 
 @torch.no_grad()
 def far_sighted(generator: Generator) -> Generator:
-    """Gives `generator` weights by which the whole of its receptive field is heard.
+    """Gives `generator` weights with which its whole receptive field matters.
 
-    Fresh ones let hardly anything from afar through. Here residual blocks count more than what they
-    are added to, and the ends of their kernels more than the middle. The sound is loud and keeps
-    off the ends of tanh.
+    With fresh ones, distant frames hardly matter. Here the residual branches are larger than their
+    inputs, and the ends of kernels larger than their middles. The output is loud, but tanh does not
+    saturate.
     """
     blocks = [m for m in generator.modules() if isinstance(m, ResBlock1 | ResBlock2)]
     for conv in (m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Conv1d)):

@@ -1,4 +1,4 @@
-"""The comparisons of what learns; at length they are run by hand."""
+"""tools/ablate.py at toy size."""
 
 import math
 import re
@@ -9,10 +9,11 @@ import torch
 from checkpoint import State
 from env import UserError
 from meldataset import MelDataset
+from tools import ablate
 from tools.toy import ROOT, TOY, corpus_arguments, run_main
 
 
-def test_the_script_prints_a_row_of_the_table_for_each_variant(corpus, monkeypatch, capsys):
+def test_each_variant_is_a_row_of_the_table(corpus, monkeypatch, capsys):
     monkeypatch.setattr(ablate, "COMMON", ablate.COMMON | TOY)
     flags = corpus_arguments(corpus)[:6]
     run_main(ablate, *flags, "--variants", "misr", "n_2", "--seeds", 7, "--updates", 1)
@@ -25,24 +26,24 @@ def test_the_script_prints_a_row_of_the_table_for_each_variant(corpus, monkeypat
 
 @pytest.fixture
 def update(corpus, monkeypatch):
-    """A function that makes a variant's state, at toy size, and gives it one update."""
+    """A function that builds a variant's state at toy size and updates it once."""
     monkeypatch.setattr(ablate, "COMMON", ablate.COMMON | TOY)
     monkeypatch.setattr(ablate, "WARM_UP", 1)
 
     def update(name: str, adversarial: bool) -> tuple[State, dict[str, torch.Tensor]]:
-        """The state after it, and the generator's parameters before it."""
+        """Returns the state after it and the generator's parameters before it."""
         h = ablate.make_config(ablate.VARIANTS[name], 1, batch_size=2, adversarial=adversarial)
         state = ablate.make_state(ablate.VARIANTS[name], h)
         before = {name: p.detach().clone() for name, p in state.generator.named_parameters()}
         clips = MelDataset(h, corpus / "training.txt", corpus / "wavs")
-        ablate.ablate(state, clips, updates=1)
+        ablate.train_updates(state, clips, updates=1)
         return state, before
 
     return update
 
 
-def test_the_shared_block_of_twice_the_rate_takes_steps_of_twice_the_size(update):
-    """Adam's first step is the learning rate, whatever the gradient, but for its epsilon."""
+def test_twice_the_learning_rate_doubles_the_first_step_of_the_shared_block(update):
+    """Adam's first step is the learning rate for any gradient."""
     state, before = update("twice_rate", adversarial=False)
     for name, after in state.generator.named_parameters():
         rate = 0.001 if ".resblock." in name else 0.0005
@@ -50,7 +51,7 @@ def test_the_shared_block_of_twice_the_rate_takes_steps_of_twice_the_size(update
 
 
 @pytest.mark.parametrize("adversarial", [False, True])
-def test_discriminators_move_in_adversarial_comparisons_only(update, adversarial):
+def test_discriminators_are_updated_in_adversarial_comparisons_only(update, adversarial):
     state, _ = update("misr", adversarial)
     assert bool(state.optim_d.state) == adversarial
 
@@ -58,10 +59,10 @@ def test_discriminators_move_in_adversarial_comparisons_only(update, adversarial
 @pytest.mark.parametrize(
     ("name", "noise"), [("misr", 0.5), ("half_noise", 0.25), ("twice_noise", 1.0)]
 )
-def test_the_noise_of_a_variant_is_what_it_says(name, noise):
+def test_the_noise_of_a_variant_is_as_declared(name, noise):
     conv = new_input_conv(name)
-    views = torch.eye(conv.in_channels).repeat(3, 1).unsqueeze(-1)
-    std = float((conv.weight.detach() - views).std()) * conv.in_channels**0.5
+    identities = torch.eye(conv.in_channels).repeat(3, 1).unsqueeze(-1)
+    std = float((conv.weight.detach() - identities).std()) * conv.in_channels**0.5
     assert std == pytest.approx(noise, rel=0.05)
 
 
@@ -78,15 +79,15 @@ def new_input_conv(name: str) -> torch.nn.Conv1d:
     return ablate.make_state(ablate.VARIANTS[name], h).generator.resblocks[0].input_conv
 
 
-def test_too_few_clips_are_an_error_and_no_endless_wait(corpus):
+def test_too_few_clips_are_an_error(corpus):
     flags = corpus_arguments(corpus)[:6]
-    with pytest.raises(UserError, match="expected 9 clips to train on"):
+    with pytest.raises(UserError, match="expected 9 training clips"):
         run_main(ablate, *flags, "--batch_size", 9, "--updates", 1)
 
 
 def test_rows_of_the_results_are_variants_and_have_their_parameters():
     rows = r"^\| (\w+)[^|]* \| [\d,]+(?: adversarial)? \| ([\d,]+) \|"
-    text = (ROOT / "docs/results.md").read_text()
+    text = (ROOT / "docs/ablations.md").read_text()
     found = re.findall(rows, text, re.MULTILINE)
     assert len(found) >= 14
     for name, count in set(found):

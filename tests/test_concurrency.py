@@ -1,7 +1,5 @@
-"""Two at once in one folder: trainers are kept apart, inferences do not notice each other."""
+"""Two processes in one folder: trainers exclude each other, inferences do not interfere."""
 
-import errno
-import fcntl
 import os
 import signal
 import socket
@@ -14,90 +12,57 @@ import soundfile
 import torch
 
 import inference
-import train
 from checkpoint import locked, paired_steps
 from env import load_config
 from models import Generator
+from tests.runs import Run
 from tools.stress import kill
-from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, speech_like, write_config
+from tools.toy import ROOT, run_main, save_checkpoint, speech_like, write_config
 from utils import atomic_write
 
 
-def start(*command) -> subprocess.Popen:
-    """Python in the repository, as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
+def files_of(folder: Path) -> dict[str, bytes]:
     """All files of a folder, in depth."""
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def refusal(folder: Path, process: int) -> str:
-    return (
-        f"error: {folder}: in use by another run, process {process} on {socket.gethostname()}; "
-        "stop that one, or give this one a --checkpoint_path of its own"
-    )
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    return tmp_path / "cp"
+def run(corpus, tmp_path) -> Run:
+    return Run(corpus, tmp_path, num_workers=1)
 
 
-@pytest.fixture
-def arguments(corpus, tmp_path, folder) -> list[str]:
-    """Of a trainer that has a data worker."""
-    config = write_config(tmp_path / "config.json", num_workers=1)
-    flags = ("--config", str(config), "--checkpoint_path", str(folder), "--stdout_interval", "1")
-    return [*corpus_arguments(corpus), *flags]
-
-
-def test_a_second_trainer_is_refused_as_long_as_the_first_lives(arguments, folder, tmp_path):
-    log = tmp_path / "log"
+def test_a_second_trainer_is_refused_while_the_first_lives(run, tmp_path):
+    log, folder = tmp_path / "log", run.folder
+    arguments = [*run.arguments, "--checkpoint_path", folder, "--stdout_interval", 1]
     first = kill.start(arguments, log)
     kill.wait_for("Steps : 2,", log, first)
     worker = int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[-1])
     os.kill(first.pid, signal.SIGSTOP)
     (folder / ".g_00000009.abcdefgh.tmp").touch()  # as if the first were writing it
-    write_config(tmp_path / "config.json", num_workers=0)
-    before = contents(folder)
+    write_config(run.config)
+    before = files_of(folder)
     second = kill.start([*arguments, "--training_steps", 2], log)
     second.join(60)
-    assert log.read_text().splitlines() == [refusal(folder, first.pid)]
+    assert log.read_text().splitlines() == [
+        f"error: {folder}: in use by another run, process {first.pid} on {socket.gethostname()}; "
+        "stop that run, or pass another --checkpoint_path"
+    ]
     assert second.exitcode == 1
-    assert contents(folder) == before
+    assert files_of(folder) == before
     first.kill()
     first.join()
     with locked(folder):
-        assert Path(f"/proc/{worker}").exists()  # for some seconds, but it holds no lock
-    assert run_main(train, *arguments, "--training_steps", 2) == 0
-    assert paired_steps(folder) == [2]
+        assert Path(f"/proc/{worker}").exists()  # it lives for some seconds without the lock
+    assert run(2) == 0
+    assert paired_steps(folder) == [1, 2]
     assert not list(folder.glob(".*.tmp"))
 
 
-def test_only_the_first_process_of_a_run_locks(folder, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with locked(folder):
-        assert not folder.exists()
-
-
-def test_without_locks_a_run_goes_on_and_says_so(arguments, folder, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    assert run_main(train, *arguments, "--training_steps", 1) == 0
-    assert f"{folder}: cannot be locked (No locks available)" in capsys.readouterr().out
-
-
-def test_two_writers_of_one_file_have_a_temporary_one_each(tmp_path):
+def test_two_writers_of_one_file_have_a_temporary_file_each(tmp_path):
     with atomic_write(tmp_path / "file") as first:
         first.write_text("first")
         with atomic_write(tmp_path / "file") as second:
@@ -106,24 +71,23 @@ def test_two_writers_of_one_file_have_a_temporary_one_each(tmp_path):
     assert (tmp_path / "file").read_text() == "first"
 
 
-def test_two_inferences_into_one_folder(tmp_path):
-    """Both write every file; whoever comes last, the same whole files are there."""
+def test_two_inferences_write_the_same_files_into_one_folder(tmp_path):
     torch.manual_seed(0)
     generator = Generator(load_config(write_config(tmp_path / "config.json")))
     save_checkpoint(tmp_path / "g_00000001", {"generator": generator.state_dict()})
     (tmp_path / "in").mkdir()
-    for seed in range(12):
+    for seed in range(6):
         wav = speech_like(0.3, seed=seed)
         soundfile.write(tmp_path / f"in/{seed}.wav", wav, 22050, subtype="PCM_16")
     flags = ("--input_wavs_dir", tmp_path / "in", "--checkpoint_file", tmp_path / "g_00000001")
-    command = ("inference.py", *flags, "--device", "cpu", "--output_dir")
-    runs = [start(*command, tmp_path / "both") for _ in range(2)]
-    assert run_main(inference, *command[1:], tmp_path / "alone") == 0
+    flags = [*map(str, flags), "--device", "cpu", "--output_dir"]
+    command = [sys.executable, "inference.py", *flags, str(tmp_path / "both")]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(command, cwd=ROOT, **streams) for _ in range(2)]
+    assert run_main(inference, *flags, tmp_path / "alone") == 0
     for each in runs:
         output, errors = each.communicate(timeout=120)
         assert (each.returncode, errors) == (0, "")
-        assert output == f"12 files written to {tmp_path / 'both'}\n"
-    both, alone = (contents(tmp_path / name) for name in ("both", "alone"))
-    assert [path.name for path in both] == [path.name for path in alone]
-    assert list(both.values()) == list(alone.values())
-    assert len(both) == 12
+        assert output == f"6 files written to {tmp_path / 'both'}\n"
+    assert files_of(tmp_path / "both") == files_of(tmp_path / "alone")
+    assert len(files_of(tmp_path / "both")) == 6

@@ -1,4 +1,4 @@
-"""Every shipped config, at toy width, through all that one does with it."""
+"""Every shipped config, at toy width, is trained for one step and synthesizes."""
 
 import pytest
 import torch
@@ -11,20 +11,23 @@ from tests.conftest import ALL_CONFIGS
 from tools.toy import ROOT, toy_config
 from train import training_step
 
-# Width enough for each stage to have channels; everything else as shipped.
+# Each stage has channels at this width. Everything else is as shipped.
 WIDTH = {"upsample_initial_channel": 64, "batch_size": 1}
 
 
 @pytest.fixture(params=ALL_CONFIGS, ids=lambda path: path.stem)
 def h(request, tmp_path):
-    """A shipped config at toy width, with the segments it has."""
+    """A shipped config at toy width, with short segments."""
     full = load_config(request.param)
     name = str(request.param.relative_to(ROOT))
     return toy_config(tmp_path, name, segment_size=4 * full.hop_size, **WIDTH)
 
 
-def spoken(h) -> Generator:
-    """A generator whose far context matters, in float64: frame_v2's pitch adds up its rounding."""
+def wide_generator(h) -> Generator:
+    """Returns a generator in float64 whose whole receptive field matters.
+
+    The phase of frame-rate generators accumulates rounding errors, which are small in float64.
+    """
     generator = to_inference(Generator(h), "cpu", "fp32").double()
     with torch.no_grad():
         for conv in generator.resblocks.modules():
@@ -45,7 +48,7 @@ def test_one_training_step(h):
 
 
 def test_chunks_make_the_whole(h):
-    generator = spoken(h)
+    generator = wide_generator(h)
     mel = torch.rand(h.num_mels, 50) * 12 - 11
     whole = synthesize(generator, mel)
     assert whole.shape == (50 * h.hop_size,)

@@ -1,6 +1,6 @@
-"""What only a GPU can show: the same updates as on the CPU, resuming to and fro, its memory's end.
+"""Tests that need a GPU: the same updates as on the CPU, resuming across devices, out of memory.
 
-Skipped where there is no GPU. Alone: python -m pytest -m requires_cuda
+Skipped without a GPU. Alone: python -m pytest -m requires_cuda
 """
 
 import subprocess
@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import train
-from checkpoint import State, build_state, checkpoint_path, paired_steps
+from checkpoint import State, build_state, paired_steps
 from distill import Distillation
 from inference import synthesize, to_inference
 from models import Generator
+from tests.runs import contents
 from tools.toy import ROOT, corpus_arguments, run_main, toy_config, write_config
-from weights import load_checkpoint
 
 pytestmark = [
     pytest.mark.requires_cuda,
@@ -30,7 +30,7 @@ CONFIGS = ("config_v2.json", "configs/istft_v2.json")
 
 @pytest.fixture(autouse=True)
 def _exact():
-    """Without TF32, in which GPUs round as training allows; algorithms that repeat themselves."""
+    """Disables TF32 and algorithms that are not deterministic."""
     backend = torch.backends.cudnn
     names = ("allow_tf32", "deterministic", "benchmark")
     before = [getattr(backend, name) for name in names]
@@ -79,7 +79,7 @@ def test_an_update_in_bf16_is_near_that_of_the_cpu(tmp_path, config):
     expected = train.update(exact, *batch(h, CPU))
     for name, loss in train.update(state, *batch(h, CUDA)).items():
         assert loss.dtype == torch.float32
-        # In the log-mel of a fresh, quiet generator the rounding shows.
+        # Rounding is larger in the log-mel of an untrained generator, which is quiet.
         tolerance = 0.02 if name in ("disc_loss_total", "gen_loss_feature") else 0.2
         assert float(loss) == pytest.approx(float(expected[name]), rel=tolerance)
     assert set(convolved) == {torch.bfloat16}
@@ -95,7 +95,7 @@ def test_an_update_in_bf16_is_near_that_of_the_cpu(tmp_path, config):
     ],
 )
 def test_an_update_of_a_distillation_is_that_of_the_cpu(tmp_path, teacher, student):
-    """After a warm start, when the waveform of stages counts too."""
+    """After a warm start, when the mel loss of the whole is included."""
     teacher_h, h = toy_config(tmp_path, teacher), toy_config(tmp_path, student)
     losses = []
     for device in (CPU, CUDA):
@@ -125,7 +125,7 @@ def run(corpus, tmp_path):
 
 
 def weights(folder: Path, steps: int) -> np.ndarray:
-    g, do = (load_checkpoint(checkpoint_path(folder, p, steps)) for p in ("g", "do"))
+    g, do = contents(folder, steps).values()
     tensors = [*g["generator"].values(), *do["mpd"].values(), *do["msd"].values()]
     assert {tensor.device for tensor in tensors} == {CPU}
     return torch.cat([tensor.flatten() for tensor in tensors]).numpy()
@@ -195,7 +195,7 @@ def test_each_gpu_gets_a_process(corpus, tmp_path):
     assert paired_steps(tmp_path / "cp") == [3]
 
 
-def test_the_end_of_its_memory_is_one_line(corpus, tmp_path):
+def test_out_of_memory_is_one_line(corpus, tmp_path):
     config = write_config(tmp_path / "config.json", upsample_initial_channel=512)
     flags = (*corpus_arguments(corpus), "--config", config, "--checkpoint_path", tmp_path / "cp")
     done = start("torch.cuda.set_per_process_memory_fraction(0.0001)", *flags, "--device", "cuda:0")

@@ -1,4 +1,4 @@
-"""`make demo`, with three sentences and seconds of training."""
+"""demo/learn_a_voice.py, with three sentences and seconds of training."""
 
 import importlib
 import sys
@@ -20,12 +20,12 @@ STEPS, INTERVAL = 40, 4
 
 @pytest.fixture
 def short(monkeypatch):
-    """Little to speak and little training; all but that in this process."""
+    """Shortens the demonstration; all scripts but train.py run in this process."""
     monkeypatch.setattr(demo, "SENTENCES", ["A first one.", "And a second.", "Held out."])
     monkeypatch.setattr(demo, "HELD_OUT", 1)
     monkeypatch.setattr(demo, "CHECKPOINT_INTERVAL", INTERVAL)
     small = {"batch_size": 2, "num_workers": 0}
-    monkeypatch.setattr(demo, "CHANGES", demo.CHANGES | small)
+    monkeypatch.setattr(demo, "CONFIG_CHANGES", demo.CONFIG_CHANGES | small)
     monkeypatch.setattr(evaluate, "METRICS", [m for m in evaluate.METRICS if m.name in SHOWN])
     run_script = demo.run_script
 
@@ -41,14 +41,14 @@ def short(monkeypatch):
 SHOWN = ("mel_l1", "stoi")
 
 
-def test_the_demonstration_shows_what_was_learnt(short, tmp_path, capfd):
+def test_training_improves_the_held_out_sentence(short, tmp_path, capfd):
     folder = tmp_path / "demo"
     assert run_main(demo, "--minutes", 9, "--output_dir", folder) == 0
     steps = checkpoint_steps(folder / "cp", "g")
     assert steps == list(range(INTERVAL, STEPS + 1, INTERVAL))
-    said = capfd.readouterr().out
-    table = [line for line in said.splitlines() if line.startswith("| ")][-3:]
-    names = ["shipped", f"after_{steps[0]}_steps", f"after_{steps[-1]}_steps"]
+    printed = capfd.readouterr().out
+    table = [line for line in printed.splitlines() if line.startswith("| ")][-3:]
+    names = ["pretrained", f"after_{steps[0]}_steps", f"after_{steps[-1]}_steps"]
     assert [row.split(" | ")[0] for row in table] == [f"| {name}" for name in names]
     assert "\n".join(table) in (folder / "report.md").read_text()
     for name in names:
@@ -56,16 +56,16 @@ def test_the_demonstration_shows_what_was_learnt(short, tmp_path, capfd):
     assert [path.name for path in (folder / "streamed").iterdir()] == [
         "sentence03_generated_e2e.wav"
     ]
-    assert f"open {folder}/index.html in a browser" in said
+    assert f"open {folder}/index.html in a browser" in printed
     assert (folder / "index.html").read_text().count("<audio") == 4
     assert (folder / "curve.png").exists()
-    shipped, early, final = (float(row.split(" | ")[1]) for row in table)  # mel_l1
-    assert shipped < final < 0.95 * early
+    pretrained, early, final = (float(row.split(" | ")[1]) for row in table)  # mel_l1
+    assert pretrained < final < 0.95 * early
     assert final == pytest.approx(mel_l1(folder, names[-1]), abs=0.02)
 
 
 def mel_l1(folder, name: str) -> float:
-    """The distance of the log-mels, up to half of the sampling rate, computed here."""
+    """Computes the L1 distance of the log-mels up to half of the sampling rate."""
     h = load_config(folder / "config.json")
     log_mel = LogMelSpectrogram(h, fmax=None)
     wavs = (folder / "held_out/sentence03.wav", folder / f"{name}/sentence03_generated.wav")
@@ -74,16 +74,16 @@ def mel_l1(folder, name: str) -> float:
     return float((one[..., :frames] - other[..., :frames]).abs().mean())
 
 
-def test_training_is_stopped_as_a_person_would(tmp_path, monkeypatch):
+def test_training_is_interrupted_after_its_time(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text(
         "import sys, time\n"
         "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
     )
-    monkeypatch.setattr(demo, "HERE", tmp_path)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
     demo.run_script("a.py", seconds=1)
 
 
-def test_espeak_speaks(tmp_path):
+def test_the_corpus_has_60_sentences_of_speech(tmp_path):
     demo.write_corpus(tmp_path / "corpus")
     wavs = sorted((tmp_path / "corpus/wavs").iterdir())
     assert len(wavs) == len(demo.SENTENCES) == 60
@@ -100,18 +100,20 @@ def test_espeak_speaks(tmp_path):
     assert lists[1][-1] == f"sentence60|{demo.SENTENCES[-1]}"
 
 
-def test_an_earlier_demonstration_is_left_alone(tmp_path):
+def test_an_existing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="exists; remove it"):
         run_main(demo, "--output_dir", tmp_path)
 
 
-def test_without_espeak_it_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "load_espeak", demo.load_espeak.__wrapped__)  # loaded or not
+def test_missing_espeak_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "load_espeak", demo.load_espeak.__wrapped__)  # without its cache
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(UserError, match="pip install espeakng-loader"):
         run_main(demo, "--output_dir", tmp_path / "demo")
 
 
-def test_a_failing_script_is_named(tmp_path):
-    with pytest.raises(UserError, match="exit status 1"):
-        demo.vocode(tmp_path, tmp_path / "g_00000001", "early")
+def test_a_failing_script_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"a\.py failed with exit status 3"):
+        demo.run_script("a.py")

@@ -1,9 +1,9 @@
 """Several processes against one: the same updates, checkpoints that both can resume, no hangs.
 
-A machine with two GPUs is made up: both processes of train.py's own launch take the CPU.
+A machine with two GPUs is simulated: both processes that train.py launches use the CPU.
 """
 
-import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import distributed
 import env
-import launch
 import train
-from checkpoint import average_gradients, build_state, checkpoint_path, locked, paired_steps, save
+from checkpoint import build_state, checkpoint_path, locked, paired_steps, save
 from distill import Distillation
 from models import Generator
 from tests.test_utils import full_disk
@@ -33,9 +31,10 @@ from tools.toy import ROOT, corpus_arguments, run_main, write_config
 from weights import load_checkpoint
 
 STEPS = 4
+CONFIGS = ("toy", "alone")
 
 
-# --------------------------------------------------------------------- what they do to each other
+# ----------------------------------------------------------------------- updates and errors of two
 
 
 def one_step(folder: Path, config: str) -> None:
@@ -45,7 +44,7 @@ def one_step(folder: Path, config: str) -> None:
     state = build_state(h, torch.device("cpu"))
     for module in (state.generator, state.discriminators, state.mel_loss):
         module.double()
-    average_gradients(state)
+    state.average_gradients()
     torch.manual_seed(0)
     mel = torch.randn(4, h.num_mels, h.segment_size // h.hop_size, dtype=torch.float64)
     wav = 0.1 * torch.randn(4, 1, h.segment_size, dtype=torch.float64)
@@ -58,19 +57,19 @@ def one_step(folder: Path, config: str) -> None:
         torch.save([means, *gradients], folder / f"{config}_of_{world_size}")
 
 
-def one_lesson(folder: Path) -> None:
-    """Writes what the student of this process is after an update, of its own share of mels."""
+def one_distillation(folder: Path) -> None:
+    """Writes the student of this process after an update on its own share of mels."""
     h = env.load_config(folder / "alone.json")
     state, rank = build_state(h, torch.device("cpu")), distributed.rank()
     torch.manual_seed(0)
     learner = Distillation(state, Generator(h).requires_grad_(False), None, is_warm=True)
-    update = learner.start(state, compiled=False)
-    losses = update(state, torch.randn(2, h.num_mels, 8)[rank::2], None)
+    learner.start(state, compiled=False)
+    losses = learner.update(state, torch.randn(2, h.num_mels, 8)[rank::2], None)
     students = [p.detach() for p in learner.student.parameters()]
     torch.save([losses["gen_loss_total"], *students], folder / f"student_of_{rank}")
 
 
-def words_of(act) -> str:
+def message_of(act) -> str:
     try:
         act()
     except env.UserError as error:
@@ -79,7 +78,7 @@ def words_of(act) -> str:
 
 
 def errors_of_a_process(folder: Path) -> None:
-    """Writes the words with which this process hears of errors: of the first's disk, and of all."""
+    """Writes the messages that this process gets of errors: of rank 0's disk, of all, of rank 1."""
     rank = distributed.rank()
     state = build_state(env.load_config(folder / "toy.json"), torch.device("cpu"))
 
@@ -93,56 +92,46 @@ def errors_of_a_process(folder: Path) -> None:
                 raise env.UserError("of process 1")
 
     with full_disk(1000 if rank == 0 else 10**9):
-        words = [words_of(lambda: save(state, folder / "cp", keep=1))]
-    words += [words_of(all_err), words_of(the_second_errs)]
-    (folder / f"words_of_{rank}").write_text("\n".join(words))
+        messages = [message_of(lambda: save(state, folder / "cp", keep=1))]
+    messages += [message_of(all_err), message_of(the_second_errs)]
+    (folder / f"messages_of_{rank}").write_text("\n".join(messages))
 
 
-def errors_of_the_start(folder: Path, corpus: Path) -> None:
-    """Writes the words with which this process hears of data and of a lock before training."""
-    parser = argparse.ArgumentParser()
-    launch.add_arguments(parser)
+def errors_of_the_start(folder: Path, corpus: Path, ports: list[int]) -> None:
+    """Writes the messages that this process gets of data and of a lock before training."""
     flags = [*corpus_arguments(corpus), "--config", folder / "toy.json"]
-    words = []
-    for last in (["--input_wavs_dir", folder], []):
-        a = parser.parse_args(
-            [*map(str, flags), "--checkpoint_path", f"{folder}/held", *map(str, last)]
-        )
-        start = (
-            launch.train,
-            a,
-            env.load_config(a.config),
-            torch.device("cpu"),
-            train.prepare,
-            b"{}",
-        )
-        words.append(words_of(partial(*start)))
-    (folder / f"start_of_{distributed.rank()}").write_text("\n".join(words))
+    messages = []
+    for port, last in zip(ports, (("--input_wavs_dir", folder), ()), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        arguments = (*flags, "--checkpoint_path", folder / "held", *last)
+        messages.append(message_of(lambda arguments=arguments: run_main(train, *arguments)))
+    (folder / f"start_of_{distributed.rank()}").write_text("\n".join(messages))
 
 
-def in_process(rank: int, port: int, folder: Path, corpus: Path) -> None:
+def in_process(rank: int, ports: list[int], folder: Path, corpus: Path) -> None:
     """What each of two processes does."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_processes(torch.device("cpu"))
-    one_step(folder, "toy")
-    one_step(folder, "alone")
-    one_lesson(folder)
-    errors_of_a_process(folder)
-    errors_of_the_start(folder, corpus)
-    distributed.leave_processes()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+    with distributed.joined_processes(torch.device("cpu")):
+        for config in CONFIGS:
+            one_step(folder, config)
+        one_distillation(folder)
+        errors_of_a_process(folder)
+    errors_of_the_start(folder, corpus, ports[1:])
 
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory, corpus) -> Path:
     """A folder with what two processes, and one, have done."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        ports = [probe.getsockname()[1] for probe in probes]
     write_config(folder / "toy.json", batch_size=4)
     write_config(folder / "alone.json", batch_size=4, discriminator_train_start_steps=None)
-    arguments = port, folder, corpus
+    arguments = ports, folder, corpus
     processes = [server().Process(target=in_process, args=(r, *arguments)) for r in range(2)]
     with locked(folder / "held"):
         for process in processes:
@@ -150,12 +139,12 @@ def of_two(tmp_path_factory, corpus) -> Path:
         for process in processes:
             process.join(300)
             assert process.exitcode == 0
-    one_step(folder, "toy")
-    one_step(folder, "alone")
+    for config in CONFIGS:
+        one_step(folder, config)
     return folder
 
 
-@pytest.mark.parametrize("config", ["toy", "alone"])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_two_processes_make_the_same_gradients(of_two, config):
     """With discriminators and without."""
     one, two = (torch.load(of_two / f"{config}_of_{count}") for count in (1, 2))
@@ -163,23 +152,23 @@ def test_two_processes_make_the_same_gradients(of_two, config):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_two_processes_teach_one_student(of_two):
+def test_two_processes_distil_one_student(of_two):
     (loss, *one), (other_loss, *two) = (torch.load(of_two / f"student_of_{i}") for i in (0, 1))
     assert abs(loss - other_loss) > 1e-3 * loss
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
 
 
-def test_an_error_of_any_process_is_one_of_all_and_said_once(of_two):
-    """The first that has it says it: a full disk of the first process, an error of both, ..."""
-    full, *of_first = (of_two / "words_of_0").read_text().split("\n")
+def test_an_error_of_any_process_ends_all_and_is_printed_once(of_two):
+    """The lowest rank with an error has the message: a full disk of rank 0, an error of both."""
+    full, *of_first = (of_two / "messages_of_0").read_text().split("\n")
     assert "do_00000000: cannot be written" in full
     assert of_first == ["of process 0", ""]
-    assert (of_two / "words_of_1").read_text().split("\n") == ["", "", "of process 1"]
+    assert (of_two / "messages_of_1").read_text().split("\n") == ["", "", "of process 1"]
     assert not list((of_two / "cp").iterdir())
 
 
-def test_what_is_wrong_before_training_is_said_once(of_two):
+def test_an_error_before_training_is_printed_once(of_two):
     data, lock = (of_two / "start_of_0").read_text().split("\n")
     assert "no audio file for the id" in data
     assert "in use by another run" in lock
@@ -270,7 +259,7 @@ def read_to(process: subprocess.Popen, steps: int) -> list[str]:
 
 
 def test_a_hangup_saves_and_stops(runs, tmp_path):
-    """The terminal is closed: torchrun hears it and passes it on. The exit status is ours."""
+    """As when the terminal is closed: torchrun receives it and passes it on."""
     folder = tmp_path / "cp"
     process = runs.two("--checkpoint_path", folder)
     read_to(process, 2)
@@ -292,7 +281,7 @@ def ignore_hangups() -> None:
 
 
 def test_a_process_killed_under_nohup_ends_all_without_loss(runs, tmp_path):
-    """A hangup, which was ignored at the start, does not end it, though torchrun would hear it."""
+    """SIGHUP, ignored at the start, does not end it, although torchrun would handle it."""
     folder = tmp_path / "cp"
     flags = ("--checkpoint_path", folder, "--checkpoint_interval", 1)
     process = runs.two(*flags, preexec_fn=ignore_hangups)
@@ -305,7 +294,7 @@ def test_a_process_killed_under_nohup_ends_all_without_loss(runs, tmp_path):
     os.kill(children[1], signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1
-    assert "error: process 1 was ended by SIGKILL (too little memory, perhaps)" in output
+    assert "error: process 1 was ended by SIGKILL (out of memory?)" in output
     assert "error: another process of the run has ended" in output  # says the other
     assert "Traceback" not in output
     deadline = time.monotonic() + 60
@@ -325,7 +314,7 @@ def test_a_batch_that_does_not_divide_is_refused(runs, tmp_path, monkeypatch):
 
 
 def test_an_unusable_clip_ends_all_in_one_line(runs, corpus, tmp_path):
-    """Nothing of torchrun's own beside it; and what is said of a config is said once."""
+    """torchrun prints nothing beside it, and the note on a config is printed once."""
     write_config(runs.config, misr_merge=None)
     wavs = shutil.copytree(corpus / "wavs", tmp_path / "wavs")
     broken = wavs / "clip0.wav"

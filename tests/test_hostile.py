@@ -1,4 +1,4 @@
-"""Files made to harm: they run nothing, write nothing elsewhere, and are named in one line."""
+"""Hostile files run no code, write nowhere else, and are named in one line."""
 
 import io
 import os
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 import torch
@@ -21,14 +20,14 @@ import inference
 import inference_e2e
 import meldataset
 import train
-from env import UserError, load_config, one_line
+from env import load_config
 from models import Generator
 from tools.toy import ROOT, corpus_arguments, run_main, save_checkpoint, speech_like, write_config
 from utils import command_line
 
 
 class Trap:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -38,21 +37,21 @@ class Trap:
 
 
 def exit_of(main: Callable[[], int | None]) -> int:
-    """The status with which a script ends, its errors printed as for a user."""
+    """Returns the status of a script, whose errors are printed as for a user."""
     with pytest.raises(SystemExit) as end:
         command_line(main)
     return end.value.code or 0
 
 
 def one_line_of(capsys) -> str:
-    """The only line on standard error."""
+    """Returns the only line on standard error."""
     (line,) = capsys.readouterr().err.splitlines()
     assert line.isprintable()
     return line
 
 
 def tree(folder: Path) -> dict[str, bytes | str]:
-    """Everything in `folder`: the contents of files, the targets of links."""
+    """Returns the contents of files and the targets of links in `folder` and its subfolders."""
     return {
         str(path): os.readlink(path) if path.is_symlink() else path.read_bytes()
         for path in folder.rglob("*")
@@ -86,7 +85,7 @@ def vocode(checkpoint: Path, inputs: Path, output_dir: Path, module=inference) -
     )
 
 
-# --- Pickles
+# ------------------------------------------------------------------------------------------ pickles
 
 
 def train_on(corpus: Path, folder: Path, *flags) -> int:
@@ -122,54 +121,30 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_no_pickle_in_a_checkpoint_is_run(reader, corpus, tmp_path, capsys):
-    """In the form of today; tests/test_weights.py has the others."""
+    """tests/test_audio.py has pickled mels."""
     torch.save({"generator": {"conv_pre.bias": Trap(tmp_path / "marker")}}, tmp_path / "trap")
     torch.load(tmp_path / "trap", weights_only=False)
-    (tmp_path / "marker").unlink()  # so the trap works
+    (tmp_path / "marker").unlink()  # the trap works
     write_config(tmp_path / "config.json")
     assert exit_of(lambda: READERS[reader](tmp_path, corpus)) == 1
     assert str(tmp_path) in one_line_of(capsys)
     assert not (tmp_path / "marker").exists()
 
 
-@pytest.mark.parametrize("reader", ["inference_e2e.py", "train.py --fine_tuning"])
-def test_no_pickle_in_a_mel_is_run(reader, checkpoint, corpus, tmp_path, capsys):
-    """Of an array of objects; tests/test_audio.py has a bare pickle."""
-    marker, mels = tmp_path / "marker", tmp_path / "mels"
-    mels.mkdir()
-    for index in range(7):
-        np.save(mels / f"clip{index}.npy", np.array([[Trap(marker)]]), allow_pickle=True)
-    np.load(mels / "clip0.npy", allow_pickle=True)
-    marker.unlink()
-    if reader == "inference_e2e.py":
-        run = partial(vocode, checkpoint, mels / "clip0.npy", tmp_path, module=inference_e2e)
-    else:
-        run = partial(train_on, corpus, tmp_path, "--fine_tuning", True, "--input_mels_dir", mels)
-    assert exit_of(run) == 1
-    line = one_line_of(capsys)
-    assert f"{mels}/clip" in line
-    assert ".npy array" in line
-    assert not marker.exists()
-
-
-# --- Names
+# -------------------------------------------------------------------------------------------- names
 
 NAMES = {
     "line feed": b"a\nskipped: b",
     "escape": b"\x1b[2J\x1b[31mred",
     "option": b"--output_dir=elsewhere",
     "no UTF-8": b"caf\xe9",
-    "right to left": "\u202ecod.exe".encode(),
-    "dots": b"..",
-    "spaces": b"  a  b  ",
-    "shell": b"$(touch elsewhere);`touch elsewhere`",
-    "format": b"%s{}{0}%(a)s",
+    "shell": b"$(touch elsewhere);%s{}{0}",
 }
 names = pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 
 
 def make(folder: Path, name: bytes, contents: bytes) -> Path:
-    """A file of that name in `folder`, which may be new."""
+    """Writes a file of that name in `folder`, which may be new."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / os.fsdecode(name)
     path.write_bytes(contents)
@@ -218,8 +193,8 @@ def test_bad_files_of_odd_names_are_named_in_one_line_each(name, checkpoint, tmp
     assert "resblock is missing" in one_line_of(capsys)
 
 
-@names
-def test_odd_names_do_not_break_the_tables_of_evaluate(name, tmp_path, capsys):
+def test_odd_names_do_not_break_the_tables_of_evaluate(tmp_path, capsys):
+    name = NAMES["line feed"] + NAMES["escape"] + NAMES["no UTF-8"]
     for folder in ("reference", "generated"):
         make(tmp_path / folder, name + b".wav", b"no such thing")
         make(tmp_path / folder, name + folder.encode() + b".wav", b"")
@@ -233,10 +208,7 @@ def test_odd_names_do_not_break_the_tables_of_evaluate(name, tmp_path, capsys):
     assert "cannot be read as audio" in skipped
 
 
-LONG = ("a" * 300, "a/" * 3000, "a" * 5000)
-
-
-@pytest.mark.parametrize("name", LONG, ids=["component", "path", "both"])
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000], ids=["name", "path"])
 def test_names_too_long_for_the_system_are_named_in_one_line(name, checkpoint, tmp_path, capsys):
     config = checkpoint.with_name("config.json")
     for run in (
@@ -260,41 +232,10 @@ def test_a_name_too_long_for_its_output_is_skipped(checkpoint, clip, tmp_path, c
     assert os.listdir(tmp_path / "out") == ["b_generated.wav"]
 
 
-@pytest.mark.parametrize(
-    "text, line",
-    [
-        ("a: broken\n  at\tline 3\n", "a: broken at line 3"),
-        ("two  spaces.wav: ", "two  spaces.wav:"),
-        ("\x1b]0;title\x07\x9b2J", "\\x1b]0;title\\x07\\x9b2J"),
-        ("\udce9\u202e\u2028ß☃", "\\udce9\\u202e ß☃"),
-        ("", ""),
-    ],
-)
-def test_a_line_is_one_that_a_terminal_can_show(text, line):
-    assert one_line(text) == line
-    assert str(UserError(text)) == line
+# -------------------------------------------------------------------------------------------- paths
 
 
-def test_a_line_has_an_end(capsys):
-    def main():
-        raise UserError("a.txt: " + 10**7 * "x" + ": broken")
-
-    assert exit_of(main) == 1
-    line = one_line_of(capsys)
-    assert len(line) < 2000
-    assert line.startswith("error: a.txt: xx")
-    assert line.endswith("xx: broken")
-
-
-def test_names_that_are_no_text_can_be_printed(capsys):
-    assert exit_of(lambda: print("caf\udce9")) == 0
-    assert capsys.readouterr().out == "caf\\udce9\n"
-
-
-# --- Paths
-
-
-def test_lists_may_point_anywhere_and_nothing_is_written_there(corpus, tmp_path):
+def test_ids_may_lie_anywhere_and_nothing_is_written_there(corpus, tmp_path):
     names = ["../wavs/clip0", f"{corpus}/wavs/clip1", "sub/../clip2.wav", "./clip3"]
     make(tmp_path, b"list.txt", "\n".join(names).encode())
     (corpus / "wavs/sub").mkdir()
@@ -304,7 +245,7 @@ def test_lists_may_point_anywhere_and_nothing_is_written_there(corpus, tmp_path)
     new = tree(tmp_path).keys() - before[0].keys() - {str(tmp_path / "toy.json")}
     assert new and all(path.startswith(f"{tmp_path}/run/") for path in new)
     assert tree(corpus) == before[1]
-    (corpus / "wavs/sub").rmdir()  # the corpus is that of all tests
+    (corpus / "wavs/sub").rmdir()  # all tests share the corpus
 
 
 def test_links_in_the_inputs_are_read_and_never_written_through(checkpoint, clip, tmp_path, capsys):
@@ -337,61 +278,37 @@ def test_an_output_beside_its_input_is_not_written_through_a_link(
     assert os.listdir(elsewhere) == ["x.wav"]
 
 
-def test_the_output_folder_may_be_a_link(checkpoint, clip, tmp_path):
-    make(tmp_path / "in/sub", b"a.wav", clip)
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / "disk")
-    assert exit_of(lambda: vocode(checkpoint, tmp_path / "in", tmp_path / "out")) == 0
-    assert (tmp_path / "disk/sub/a_generated.wav").is_file()
-
-
-@pytest.mark.parametrize("target", ["elsewhere/precious.wav", "elsewhere/none.wav"])
-def test_a_link_in_place_of_an_output_is_replaced_not_followed(checkpoint, clip, tmp_path, target):
+def test_a_link_in_place_of_an_output_is_replaced_not_followed(checkpoint, clip, tmp_path):
     make(tmp_path / "in", b"a.wav", clip)
     precious = make(tmp_path / "elsewhere", b"precious.wav", b"precious")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/a_generated.wav").symlink_to(tmp_path / target)
+    (tmp_path / "out/a_generated.wav").symlink_to(precious)
     assert exit_of(lambda: vocode(checkpoint, tmp_path / "in", tmp_path / "out")) == 0
     assert not (tmp_path / "out/a_generated.wav").is_symlink()
     assert soundfile.info(tmp_path / "out/a_generated.wav").frames > 0
     assert tree(precious.parent) == {str(precious): b"precious"}
 
 
-def linked_out(tmp_path: Path) -> None:
-    """A folder `out` with a `sub` that leads elsewhere."""
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/sub").symlink_to(tmp_path / "elsewhere")
-
-
-@pytest.mark.parametrize("depth", ["sub", "sub/deeper"])
-@pytest.mark.parametrize("write", [vocode, write_mels])
+@pytest.mark.parametrize(("depth", "write"), [("sub", vocode), ("sub/deeper", write_mels)])
 def test_links_that_lead_out_of_the_output_folder_are_refused(
     checkpoint, clip, tmp_path, depth, write, capsys
 ):
     make(tmp_path / "in" / depth, b"a.wav", clip)
     make(tmp_path / "in", b"a.wav", clip)
-    linked_out(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sub").symlink_to(tmp_path / "elsewhere")
     assert exit_of(lambda: write(checkpoint, tmp_path / "in", tmp_path / "out")) == 1
     assert f"{tmp_path / 'out' / depth}: a link that leads out of" in one_line_of(capsys)
     assert os.listdir(tmp_path / "elsewhere") == []
     assert os.listdir(tmp_path / "out") == ["sub"]
 
 
-def test_links_that_lead_out_of_the_pictures_are_refused(clip, tmp_path, capsys):
-    linked_out(tmp_path)
-    folders = [make(tmp_path / name / "sub", b"a.wav", clip).parents[1] for name in ("in", "made")]
-    flags = ("--reference_dir", folders[0], "--generated_dir", folders[1], "--workers", 1)
-    assert exit_of(lambda: run_main(evaluate, *flags, "--plot", tmp_path / "out")) == 1
-    assert "sub: a link that leads out of" in capsys.readouterr().err
-    assert os.listdir(tmp_path / "elsewhere") == []
-
-
-# --- Memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def limited(script: str, *arguments, gigabytes: float) -> subprocess.CompletedProcess:
-    """Runs a script in a process that may address so much memory."""
+    """Runs a script in a process with limited memory."""
     size = int(gigabytes * 2**30)
     return subprocess.run(
         [sys.executable, ROOT / script, *map(str, arguments)],
@@ -405,7 +322,7 @@ def test_a_model_too_large_for_the_memory_is_one_line(corpus, tmp_path):
     config = write_config(tmp_path / "toy.json", upsample_initial_channel=2**17)
     flags = (*corpus_arguments(corpus), "--config", config, "--checkpoint_path", tmp_path / "run")
     run = limited("train.py", *flags, gigabytes=6)
-    assert run.stderr == "error: out of memory; a smaller model, batch or file needs less\n"
+    assert run.stderr == "error: out of memory; use a smaller model, batch or file\n"
     assert run.returncode == 1
 
 

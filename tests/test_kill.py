@@ -1,4 +1,4 @@
-"""A trainer that is killed resumes from a whole pair, and gets where an undisturbed one gets."""
+"""A trainer that is killed resumes from a whole pair, and arrives where an undisturbed one does."""
 
 import os
 import signal
@@ -6,20 +6,20 @@ import signal
 import pytest
 import torch
 
-import train
 import utils
 from checkpoint import checkpoint_path, checkpoint_steps, paired_steps
 from env import UserError
+from tests.runs import Run
 from tools.stress.kill import Kill, kill_over_and_over
-from tools.toy import corpus_arguments, run_main, write_config
+from tools.toy import write_config
 from utils import atomic_write, remove_temporary_files
 from weights import load_checkpoint
 
-# In each trainer's first save, but for the two last; the first os.replace is config.json's.
+# In each trainer's first save, except for the last two; the first os.replace is config.json's.
 CHOSEN = [
-    Kill(call="torch.save", count=2, moment="in"),  # half of `g_` is written
+    Kill(call="torch.save", count=2, moment="in"),  # half of `g_*` is written
     Kill(call="os.replace", count=2, moment="before"),  # both are written, none is in place
-    Kill(call="os.replace", count=2, moment="after"),  # `do_` is in place
+    Kill(call="os.replace", count=2, moment="after"),  # `do_*` is in place
     Kill(signal.SIGTERM, delay=0.3, training=True, slow=True),
     Kill(signal.SIGHUP, delay=0.3, training=True),
 ]
@@ -30,7 +30,7 @@ def test_kills_change_nothing(tmp_path):
 
 
 def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """A kill does not tell, a power cut would."""
+    """This matters after a power cut, not after a kill."""
     calls, path = [], tmp_path / "file"
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda h: calls.append(os.fstat(h).st_ino) or fsync(h))
@@ -41,17 +41,8 @@ def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(corpus, tmp_path):
-    """Trains to a step in this process, saving each."""
-    config = write_config(tmp_path / "config.json")
-
-    def run(steps: int, *flags) -> None:
-        arguments = (*corpus_arguments(corpus), "--config", config, "--checkpoint_path", run.folder)
-        flags = ("--checkpoint_interval", 1, *flags)
-        assert run_main(train, *arguments, "--training_steps", steps, *flags) == 0
-
-    run.folder, run.config = tmp_path / "cp", config
-    return run
+def run(corpus, tmp_path) -> Run:
+    return Run(corpus, tmp_path)
 
 
 def damage(path) -> None:
@@ -70,8 +61,8 @@ def dying_replace(name: str):
     return dying
 
 
-def test_a_new_do_never_pairs_with_an_older_run_s_g(run, monkeypatch):
-    """The run has gone back, for a `do_` is damaged, and comes again otherwise than before."""
+def test_a_new_do_never_pairs_with_the_g_of_an_earlier_attempt(run, monkeypatch):
+    """The run has gone back, because a `do_*` is damaged, and takes another course."""
     run(3)
     older = load_checkpoint(checkpoint_path(run.folder, "g", 3))
     damage(checkpoint_path(run.folder, "do", 3))
@@ -87,7 +78,7 @@ def test_a_new_do_never_pairs_with_an_older_run_s_g(run, monkeypatch):
     assert not torch.equal(newer["generator"][key], older["generator"][key])
 
 
-def test_a_save_that_fails_half_way_loses_no_older_file(run, monkeypatch):
+def test_a_save_that_fails_halfway_loses_no_older_file(run, monkeypatch):
     """Nothing is renamed or removed before both files are written."""
     run(3)
     kept = checkpoint_path(run.folder, "g", 3).read_bytes()
@@ -106,20 +97,20 @@ def test_a_save_that_fails_half_way_loses_no_older_file(run, monkeypatch):
     assert not list(run.folder.glob(".*.tmp"))
 
 
-def test_only_the_newest_pairs_stay(run):
-    """Neither a `do_` without its `g_` counts among those to keep, nor a damaged, newer file."""
+def test_only_the_newest_pairs_are_kept(run):
+    """A `do_*` without its `g_*` is not counted, nor is a damaged, newer file."""
     run(1)
     run(3, "--checkpoint_interval", 3)
     checkpoint_path(run.folder, "do", 2).touch()  # left by a kill between the two files
     checkpoint_path(run.folder, "do", 99).touch()
-    run(4, "--keep_checkpoints", 3)
+    run(4, "--checkpoint_interval", 1, "--keep_checkpoints", 3)
     assert paired_steps(run.folder) == [1, 3, 4]
-    run(5, "--keep_checkpoints", 2)
+    run(5, "--checkpoint_interval", 1, "--keep_checkpoints", 2)
     assert checkpoint_steps(run.folder, "do") == [4, 5, 99]
     assert checkpoint_steps(run.folder, "g") == [1, 3, 4, 5]
 
 
-def test_only_what_a_run_has_left_itself_is_removed(tmp_path):
+def test_only_temporary_files_of_a_run_are_removed(tmp_path):
     own = ".g_00000007.a1b2c3_4.tmp", ".do_100000000.abcdefgh.tmp", ".config.json.abcdefgh.tmp"
     others = (
         *(".g_00000007.onnx.abcdefgh.tmp", ".g_speaker_generated.wav.abcdefgh.tmp", ".lock"),
@@ -131,10 +122,9 @@ def test_only_what_a_run_has_left_itself_is_removed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(others)
 
 
-def test_a_killed_copy_of_the_config_is_removed(run, monkeypatch):
-    killed = dying_replace("config.json")
-    monkeypatch.setattr(os, "replace", killed)
-    monkeypatch.setattr(utils.Path, "unlink", lambda *_, **__: None)  # the dead clean up nothing
+def test_what_a_kill_leaves_of_the_config_is_removed(run, monkeypatch):
+    monkeypatch.setattr(os, "replace", dying_replace("config.json"))
+    monkeypatch.setattr(utils.Path, "unlink", lambda *_, **__: None)  # a killed process cleans not
     with pytest.raises(SystemExit, match="killed"):
         run(1)
     monkeypatch.undo()

@@ -1,52 +1,45 @@
-"""The mel, files in, and the dataset, each against an independent computation."""
+"""The mel, the lists of clips, the dataset and its sampler, against independent computations."""
 
+import dataclasses
 import itertools
 import math
 import random
+import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import librosa
 import numpy as np
 import pytest
+import scipy.ndimage
 import soundfile
 import torch
-import torch.nn.functional as F
 
 import meldataset
 from audio import load_mel, load_wav
-from env import Config, UserError
+from env import Config, UsageError, UserError
 from losses import MelLoss
 from meldataset import (
     LogMelSpectrogram,
     MelDataset,
     ResumableBatchSampler,
+    check_pairs,
     mel_of_stretch,
     read_clips,
 )
-from tools.toy import run_main, speech_like, toy_config, write_config
+from tools.toy import ROOT, run_main, speech_like, toy_config, write_config
 
 RATE, HOP, SEGMENT = 22050, 256, 2048  # of the toy config
 FRAMES = SEGMENT // HOP
 SILENCE = math.log(1e-5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Arrays this small only wait for a second thread, where other work keeps the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-# --- LogMelSpectrogram
+# -------------------------------------------------------------------------------- LogMelSpectrogram
 
 RECIPES = {
     "v2": {},
-    "loss": {"fmax": None},
-    "short-window": {"win_size": 800},
-    "odd-window": {"win_size": 601},
+    "odd-window": {"win_size": 601, "fmax": None},
     "44k": {
         "sampling_rate": 44100,
         "num_mels": 128,
@@ -82,37 +75,6 @@ def numpy_log_mel(wav: np.ndarray, h: Config) -> np.ndarray:
     return np.log(np.maximum(filterbank @ magnitude.T, 1e-5))
 
 
-def torch_log_mel(wav: torch.Tensor, h: Config) -> torch.Tensor:
-    """HiFi-GAN's operations, one by one, of wav [B, N]."""
-    basis = torch.from_numpy(
-        librosa.filters.mel(
-            sr=h.sampling_rate, n_fft=h.n_fft, n_mels=h.num_mels, fmin=h.fmin, fmax=h.fmax
-        )
-    )
-    padding = int((h.n_fft - h.hop_size) / 2)
-    padded = F.pad(wav.unsqueeze(1), (padding, padding), mode="reflect").squeeze(1)
-    spectrum = torch.stft(
-        padded,
-        h.n_fft,
-        hop_length=h.hop_size,
-        win_length=h.win_size,
-        window=torch.hann_window(h.win_size),
-        center=False,
-        onesided=True,
-        return_complex=True,
-    )
-    magnitude = torch.sqrt(torch.view_as_real(spectrum).pow(2).sum(-1) + 1e-9)
-    return torch.log(torch.clamp(torch.matmul(basis, magnitude), min=1e-5))
-
-
-@recipes
-def test_mel_equals_the_same_operations_in_torch(tmp_path, recipe):
-    h = toy_config(tmp_path, **recipe)
-    wavs = torch.from_numpy(np.stack([half_silent(), half_silent()[::-1] * 0.1]))
-    mels = LogMelSpectrogram(h, h.fmax)(wavs)
-    torch.testing.assert_close(mels, torch_log_mel(wavs, h), rtol=0, atol=1e-5)
-
-
 @recipes
 def test_mel_equals_numpy_and_librosa(tmp_path, recipe):
     h = toy_config(tmp_path, **recipe)
@@ -123,8 +85,8 @@ def test_mel_equals_numpy_and_librosa(tmp_path, recipe):
     assert difference.max() <= 5e-3
 
 
-@pytest.mark.parametrize("length", [256, 300, 384, 385, 511, 512, 2048, 2303, 5000])
-def test_mel_has_a_frame_for_each_hop_and_pads_what_is_too_short_to_reflect(tmp_path, length):
+@pytest.mark.parametrize("length", [256, 384, 385, 511, 2303])
+def test_mel_has_a_frame_per_hop_and_pads_short_waveforms(tmp_path, length):
     h = toy_config(tmp_path)
     wav = speech_like(1)[-length:]
     mel = LogMelSpectrogram(h, h.fmax)(torch.from_numpy(wav.copy())[None])
@@ -141,14 +103,43 @@ def test_mel_of_silence_is_its_floor_and_has_a_finite_gradient(tmp_path):
     assert wav.grad.isfinite().all()
 
 
-# --- MelLoss
+EMPTY_BANDS = [  # changes to the config, the number of empty bands if known
+    ({"sampling_rate": 44100, "n_fft": 512, "win_size": 512, "num_mels": 128, "fmax": None}, 11),
+    ({"num_mels": 300}, None),
+    ({"n_fft": 258, "win_size": 256}, None),
+    ({"fmin": 60, "fmax": 500}, None),
+]
 
 
-def test_the_mel_loss_is_the_mean_distance_of_the_configs_mels(tmp_path):
-    h = toy_config(tmp_path)
-    wavs = torch.randn(2, 2, 2048)
-    expected = (LogMelSpectrogram(h, None)(wavs[0]) - LogMelSpectrogram(h, None)(wavs[1])).abs()
-    torch.testing.assert_close(MelLoss(h)(*wavs), expected.mean())
+@pytest.mark.parametrize(("changes", "count"), EMPTY_BANDS)
+@pytest.mark.filterwarnings("ignore:Empty filters")
+def test_mel_bands_without_a_bin_are_refused(tmp_path, changes, count):
+    """librosa counts them, too, but only warns. The largest number without such bands is fine."""
+    h = toy_config(tmp_path, **changes)
+
+    def empty_bands(num_mels: int) -> int:
+        sizes = {"sr": h.sampling_rate, "n_fft": h.n_fft, "n_mels": num_mels}
+        bank = librosa.filters.mel(**sizes, fmin=h.fmin, fmax=h.fmax)
+        return int((bank.max(axis=1) == 0).sum())
+
+    found = empty_bands(h.num_mels)
+    with pytest.raises(UsageError, match=f"^num_mels = {h.num_mels}: {found} bands from ") as error:
+        LogMelSpectrogram(h, h.fmax)
+    assert str(error.value).endswith(f"expected fewer bands, or n_fft above {h.n_fft}")
+    assert count in (None, found)
+    most = next(n for n in range(h.num_mels, 0, -1) if empty_bands(n) == 0)
+    assert LogMelSpectrogram(dataclasses.replace(h, num_mels=most), h.fmax).filterbank.any(1).all()
+    with pytest.raises(UsageError, match=f"^num_mels = {most + 1}: "):
+        LogMelSpectrogram(dataclasses.replace(h, num_mels=most + 1), h.fmax)
+
+
+def test_empty_bands_of_the_mel_loss_are_refused(tmp_path):
+    sizes = {"n_ffts_for_loss": [256], "num_mels_for_loss": [64], "fmax_for_loss": 3000}
+    with pytest.raises(UsageError, match=r"^num_mels = 64: .* n_fft above 256$"):
+        MelLoss(toy_config(tmp_path, **sizes))
+
+
+# ------------------------------------------------------------------------------------------ MelLoss
 
 
 def test_a_mel_loss_of_several_resolutions_is_the_mean_of_theirs(tmp_path):
@@ -180,13 +171,13 @@ def test_the_mel_loss_teaches_the_generated_side_only(tmp_path):
     assert wav.grad is None
 
 
-# --- mel_of_stretch
+# ----------------------------------------------------------------------------------- mel_of_stretch
 
 
 @recipes
-@pytest.mark.parametrize("hops", [1, 1.3, 2.7, 3.9, 6.6, 12, 12.4])
+@pytest.mark.parametrize("hops", [1, 2.7, 6.6, 9.4])
 def test_stretches_of_a_mel_are_those_of_the_whole(tmp_path, recipe, hops):
-    """All of them: single frames, starts, middles and ends; n_fft is four hops."""
+    """All stretches: single frames, starts, middles and ends; n_fft is four hops."""
     h = toy_config(tmp_path, **recipe)
     log_mel = LogMelSpectrogram(h, h.fmax)
     wav = torch.from_numpy(speech_like(1)[-int(hops * h.hop_size) :].copy())
@@ -199,7 +190,7 @@ def test_stretches_of_a_mel_are_those_of_the_whole(tmp_path, recipe, hops):
             )
 
 
-# --- read_clips
+# --------------------------------------------------------------------------------------- read_clips
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -222,7 +213,7 @@ def write_list(path: Path, text: str) -> Path:
         ("b\na", ["b.wav", "a.wav"]),
         ("\n  \na|x\r\n\r\nb\r\n\n", ["a.wav", "b.wav"]),
         ("speaker/a|x\nspeaker/deep/c\na", ["speaker/a.flac", "speaker/deep/c.mp3", "a.wav"]),
-        ("with.dots|x\nß", ["with.dots.ogg", "ß.wav"]),
+        ("with.dots|x\nß\n..c", ["with.dots.ogg", "ß.wav", "..c.wav"]),
         ("a.wav|x\nspeaker/a.flac", ["a.wav", "speaker/a.flac"]),
         ("", []),
     ],
@@ -230,23 +221,11 @@ def write_list(path: Path, text: str) -> Path:
 )
 def test_clips_are_found_in_the_lists_order(tmp_path, text, clips):
     names = ["a.wav", "b.wav", "ß.wav", "with.dots.ogg", "speaker/a.flac", "speaker/deep/c.mp3"]
+    names.append("..c.wav")
     wavs = touch(tmp_path / "wavs", *names)
     assert read_clips(write_list(tmp_path / "list.txt", text), wavs).tolist() == [
         c.encode() for c in clips
     ]
-
-
-def test_a_clip_is_found_however_its_name_is_written(tmp_path):
-    composed, apart = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
-    wavs = touch(tmp_path / "wavs", f"{apart}/{apart}.Wav")
-    clips = read_clips(write_list(tmp_path / "list.txt", f"{composed}/{composed}|x"), wavs)
-    assert clips.tolist() == [f"{apart}/{apart}.Wav".encode()]
-
-
-def test_many_names_take_little_memory(tmp_path):
-    wavs = touch(tmp_path / "wavs", "LJ001-0001.wav")
-    clips = read_clips(write_list(tmp_path / "list.txt", "LJ001-0001|x\n" * 10_000), wavs)
-    assert clips.nbytes == 10_000 * len("LJ001-0001.wav")
 
 
 def test_an_id_without_audio_is_named_with_its_list(tmp_path):
@@ -259,16 +238,29 @@ def test_an_id_without_audio_is_named_with_its_list(tmp_path):
     assert all(part in message for part in ("'lost'", str(wavs), ".flac"))
 
 
-@pytest.mark.parametrize("contents", [None, b"caf\xe9|x\n"], ids=["missing", "latin-1"])
-def test_unreadable_lists_are_named(tmp_path, contents):
+LISTS = {
+    "tabs": (b"a\twords", r"line 1: no audio file for the id 'a\\twords' .* id\|text in UTF-8$"),
+    "commas": (
+        b"a|x\nb,words, words",
+        r"line 2: no audio .* 'b,words, words' .* id\|text in UTF-8$",
+    ),
+    "UTF-16": ("a|x".encode("utf-16"), r"cannot be read .* expected lines of id\|text in UTF-8$"),
+    "UTF-16, no mark": ("a|x\nb|y".encode("utf-16-le"), r"line 1: .* id\|text in UTF-8$"),
+    "latin-1": (b"caf\xe9|x\n", r"cannot be read .* expected lines of id\|text in UTF-8$"),
+    "missing": (None, r"cannot be read \(No such file or directory\)$"),
+}
+
+
+@pytest.mark.parametrize(("contents", "said"), LISTS.values(), ids=LISTS)
+def test_lists_of_another_format_are_refused_with_the_right_one(tmp_path, contents, said):
     file_list = tmp_path / "list.txt"
     if contents is not None:
         file_list.write_bytes(contents)
-    with pytest.raises(UserError, match=r"list\.txt: cannot be read"):
-        read_clips(file_list, tmp_path)
+    with pytest.raises(UserError, match=rf"list\.txt: {said}"):
+        read_clips(file_list, touch(tmp_path / "wavs", "a.wav", "b.wav"))
 
 
-# --- MelDataset
+# --------------------------------------------------------------------------------------- MelDataset
 
 
 def make_dataset(folder: Path, wavs: dict, mels: dict | None = None, **changes) -> MelDataset:
@@ -302,7 +294,7 @@ def counted(frames: int) -> np.ndarray:
 
 
 def find_start(wav: torch.Tensor, source: np.ndarray) -> int:
-    """Where in `source` [N] the segment `wav` [1, n] was cut out."""
+    """Returns where in `source` [N] the segment `wav` [1, n] was cut. It must be one place."""
     windows = np.lib.stride_tricks.sliding_window_view(source, wav.shape[1])
     (start,) = np.flatnonzero(np.abs(windows - wav.numpy()).max(axis=1) < 1e-6)
     return int(start)
@@ -359,16 +351,16 @@ def test_the_whole_clip_is_normalised_then_cut_at_every_legal_start(tmp_path):
 
 @pytest.fixture
 def samples_read(monkeypatch) -> list[int]:
-    """How many samples soundfile reads, call by call."""
-    read, sizes = soundfile.read, []
+    """The numbers of samples that soundfile reads, call by call."""
+    read, counts = soundfile.SoundFile.read, []
 
     def count(*arguments, **options):
-        wav, rate = read(*arguments, **options)
-        sizes.append(len(wav))
-        return wav, rate
+        wav = read(*arguments, **options)
+        counts.append(len(wav))
+        return wav
 
-    monkeypatch.setattr(soundfile, "read", count)
-    return sizes
+    monkeypatch.setattr(soundfile.SoundFile, "read", count)
+    return counts
 
 
 @pytest.mark.parametrize("fine_tuning", [False, True])
@@ -378,7 +370,7 @@ def test_long_clips_are_read_whole_once_and_then_in_part(tmp_path, samples_read,
     dataset = make_dataset(tmp_path, {"a": source}, mels)
     again = make_dataset(tmp_path, {"a": source}, mels)
     for epoch in range(4):
-        again.known[:] = 0  # as an other process, which does not know the clip
+        again.known[:] = 0  # like another process
         assert same(dataset[epoch, 0], again[epoch, 0])
     assert samples_read == [900 * HOP, 900 * HOP] + [SEGMENT, 900 * HOP] * 3
 
@@ -390,34 +382,6 @@ def test_a_clip_that_grew_is_read_whole_again(tmp_path, samples_read):
     _, wav = dataset[1, 0]
     assert samples_read == [SEGMENT + 1, 2 * SEGMENT]
     find_start(wav, noise(2 * SEGMENT) * (0.95 / np.abs(noise(2 * SEGMENT)).max()))
-
-
-def test_a_clip_that_is_no_longer_there_is_named(tmp_path):
-    dataset = make_dataset(tmp_path, {"a": noise(SEGMENT)})
-    dataset[0, 0]
-    (tmp_path / "wavs/a.wav").unlink()
-    with pytest.raises(UserError, match=r"a\.wav: cannot be read"):
-        dataset[1, 0]
-
-
-def test_equal_clips_are_cut_at_different_places(tmp_path):
-    source = noise(4 * SEGMENT)
-    dataset = make_dataset(tmp_path, {"a": source, "b": source})
-    assert not any(same(dataset[epoch, 0], dataset[epoch, 1]) for epoch in range(3))
-
-
-def test_fine_tuning_keeps_the_level_and_cuts_at_every_legal_start(tmp_path):
-    source = noise(SEGMENT + HOP) * 0.2
-    dataset = make_dataset(tmp_path, {"a": source}, {"a": counted(FRAMES + 1)})
-    items = [dataset[epoch, 0] for epoch in range(30)]
-    starts = {(find_start(wav, source), int(mel[0, 0])) for mel, wav in items}
-    assert starts == {(0, 0), (HOP, 1)}
-
-
-def test_clips_of_exactly_one_segment_are_taken_whole(tmp_path):
-    source = noise(SEGMENT)
-    _, wav = make_dataset(tmp_path, {"a": source})[3, 0]
-    assert find_start(wav, source * (0.95 / np.abs(source).max())) == 0
 
 
 def test_short_clips_are_padded_with_silence(tmp_path):
@@ -440,31 +404,30 @@ def test_short_clips_in_fine_tuning_are_padded_with_the_mel_of_silence(tmp_path,
     assert wav[0, frames * HOP :].eq(0).all()
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-40], ids=["zeros", "denormal"])
-def test_silence_stays_finite(tmp_path, value):
-    dataset = make_dataset(tmp_path, {"a": np.resize([value, -value, 0], 3000)})
-    mel, wav = dataset[0, 0]
-    assert wav.isfinite().all()
-    assert mel.isfinite().all()
-    if value == 0:
-        assert wav.eq(0).all()
-        torch.testing.assert_close(mel, torch.full((80, FRAMES), SILENCE))
-
-
 @pytest.mark.parametrize("fine_tuning", [False, True])
-def test_one_filterbank_in_all_and_one_mel_an_item(tmp_path, monkeypatch, fine_tuning):
-    filterbanks, mels = [], []
-    build, forward = meldataset.mel_filterbank, LogMelSpectrogram.forward
-    monkeypatch.setattr(meldataset, "mel_filterbank", lambda *a: filterbanks.append(1) or build(*a))
-    monkeypatch.setattr(
-        LogMelSpectrogram, "forward", lambda self, wav: mels.append(1) or forward(self, wav)
-    )
-    mels_of = {"a": counted(10)} if fine_tuning else None
-    dataset = make_dataset(tmp_path, {"a": ramp(10 * HOP)}, mels_of)
-    for epoch in range(4):
-        dataset[epoch, 0]
-    assert len(filterbanks) == 1
-    assert len(mels) == (0 if fine_tuning else 4)
+def test_silent_clips_are_left_out_with_a_line_and_the_next_takes_their_place(
+    tmp_path, capsys, fine_tuning
+):
+    wavs = {"a": ramp(10 * HOP), "b": noise(10 * HOP) * 1e-4, "c": np.zeros(10 * HOP)}
+    mels = {name: counted(10) for name in wavs} if fine_tuning else None
+    dataset = make_dataset(tmp_path, wavs, mels)
+    items = [dataset[epoch, index] for epoch in range(2) for index in range(3)]
+    wav = ramp(10 * HOP) * (1 if fine_tuning else 0.95 / ramp(10 * HOP)[-1])
+    for mel, segment in items:
+        assert mel.isfinite().all()
+        find_start(segment, wav)
+    lines = capsys.readouterr().out.splitlines()
+    begin = f"left out: {tmp_path}/wavs"
+    assert lines[0].startswith(f"{begin}/b.wav: almost silent, a peak of 5e-05; expected at least")
+    assert lines[1].startswith(f"{begin}/c.wav: almost silent, a peak of 0;") and len(lines) == 2
+    with pytest.raises(UserError, match=r"b\.wav: almost silent"):  # as of validation clips
+        dataset.whole(1)
+
+
+def test_a_list_of_silent_clips_only_is_an_error(tmp_path):
+    dataset = make_dataset(tmp_path, {"a": np.zeros(4000)})
+    with pytest.raises(UserError, match="wavs: all clips of the list are silent"):
+        dataset[0, 0]
 
 
 @pytest.mark.parametrize("mel_frames", [12, 11, 10, 9, FRAMES])
@@ -480,43 +443,27 @@ def test_fine_tuning_mels_and_wavs_are_of_the_same_frames(tmp_path, mel_frames):
     assert starts == set(range(min(10, mel_frames) - FRAMES + 1))
 
 
-@pytest.mark.parametrize("mel_frames", [10 - 3, 10 + 3])
-def test_fine_tuning_mels_three_frames_off_are_refused(tmp_path, mel_frames):
-    dataset = make_dataset(tmp_path, {"a": ramp(10 * HOP + 100)}, {"a": counted(mel_frames)})
-    with pytest.raises(UserError) as error:
-        dataset[0, 0]
-    message = str(error.value)
-    assert message.startswith(f"{tmp_path / 'mels' / 'a.npy'}: {mel_frames} frames")
-    assert all(part in message for part in ("a.wav", "10 of 256 samples"))
+BAD_MELS = {
+    "transposed": (counted(10).T, "shape [10, 80]; expected [80, T] or [1, 80, T]; it looks tr"),
+    "missing": (None, "no such file"),
+    "short": (counted(7), "7 frames, but "),
+    "long": (counted(13), "13 frames, but "),
+}
 
 
-@pytest.mark.parametrize(
-    ("mel", "said"),
-    [
-        (counted(10).T, "transposed"),
-        (counted(10)[:79], "shape [79, 10]; expected [80, T]"),
-        (np.full((80, 10), None), "cannot be loaded|not a readable"),
-        (None, "no such file"),
-    ],
-    ids=["transposed", "bands", "objects", "missing"],
-)
+@pytest.mark.parametrize(("mel", "said"), BAD_MELS.values(), ids=BAD_MELS)
 def test_unusable_fine_tuning_mels_are_refused_by_name(tmp_path, mel, said):
     mels = {} if mel is None else {"a": mel}
-    dataset = make_dataset(tmp_path, {"a": ramp(10 * HOP)}, mels)
+    dataset = make_dataset(tmp_path, {"a": ramp(10 * HOP + 100)}, mels)
     with pytest.raises(UserError) as error:
         dataset[0, 0]
-    assert str(error.value).startswith(f"{tmp_path / 'mels' / 'a.npy'}: ")
-    assert any(words in str(error.value) for words in said.split("|"))
+    assert str(error.value).startswith(f"{tmp_path / 'mels' / 'a.npy'}: {said}")
+    if "frames" in said:
+        assert "a.wav has 10 of 256 samples" in str(error.value)
 
 
-def test_fine_tuning_mels_are_found_by_the_whole_id(tmp_path):
-    mels = {"x/a": counted(10), "y/a.b": counted(10) + 100}
-    dataset = make_dataset(tmp_path, dict.fromkeys(mels, ramp(10 * HOP)), mels)
-    assert [int(dataset.whole(i)[0][0, 0]) for i in range(2)] == [0, 100]
-
-
-def test_a_mel_is_found_however_its_accents_are_written(tmp_path):
-    """A Mac takes names apart (NFD); lists and acoustic models have them composed (NFC)."""
+def test_a_mel_is_found_with_composed_and_decomposed_accents(tmp_path):
+    """Macs decompose names of files (NFD); lists and acoustic models have them composed (NFC)."""
     composed, apart = (unicodedata.normalize(form, "é/ü") for form in ("NFC", "NFD"))
     dataset = make_dataset(tmp_path, {apart: ramp(10 * HOP)}, {composed: counted(10)})
     assert int(dataset.whole(0)[0][0, 3]) == 3
@@ -525,22 +472,14 @@ def test_a_mel_is_found_however_its_accents_are_written(tmp_path):
     assert int(dataset.whole(0)[0][0, 3]) == 3
 
 
-def absolute(wavs_dir: Path) -> Path:
-    return wavs_dir
-
-
-def through_another(wavs_dir: Path) -> str:
-    return f"{wavs_dir}/../{wavs_dir.name}"
-
-
-@pytest.mark.parametrize("folder_of", [absolute, through_another, lambda _: Path("b/..")])
-def test_the_mel_of_an_absolute_id_lies_under_the_mels(tmp_path, folder_of):
-    """Not beside the wav, where a foreign .npy may lie."""
+@pytest.mark.parametrize("folder_of", ["{}", "{}/../wavs", "b/.."])
+def test_the_mel_of_any_id_is_found_in_mels_dir(tmp_path, folder_of):
+    """Not beside the wav, where another .npy may be."""
     wavs = {"a": ramp(10 * HOP), "b/a": ramp(10 * HOP)}
     dataset = make_dataset(tmp_path, wavs, {"a": counted(10), "b/a": counted(10) + 100})
     for name in wavs:
         np.save(tmp_path / "wavs" / f"{name}.npy", counted(10) - 900)
-    lines = [f"{folder_of(tmp_path / 'wavs')}/{name}" for name in wavs]
+    lines = [f"{folder_of.format(tmp_path / 'wavs')}/{name}" for name in wavs]
     file_list = write_list(tmp_path / "list.txt", "\n".join(lines))
     dataset = MelDataset(dataset.h, file_list, tmp_path / "wavs", tmp_path / "mels")
     assert [int(dataset.whole(i)[0][0, 0]) for i in range(2)] == [0, 100]
@@ -557,11 +496,6 @@ def test_ids_outside_of_the_wavs_are_refused_in_fine_tuning(tmp_path, clip_id):
     assert dataset.whole(0)[1].shape[1] == 15 * HOP  # where there are no mels, all is well
     with pytest.raises(UserError, match=r"list\.txt: .*other/a\.wav lies outside of .*wavs; ex"):
         MelDataset(dataset.h, file_list, tmp_path / "wavs", tmp_path / "mels")
-
-
-def test_ids_that_begin_with_dots_are_inside(tmp_path):
-    dataset = make_dataset(tmp_path, {"..a": ramp(10 * HOP)}, {"..a": counted(10)})
-    assert dataset.whole(0)[0].shape == (80, 10)
 
 
 @pytest.mark.parametrize("length", [100, HOP - 1])
@@ -582,7 +516,65 @@ def test_whole_clips_are_whole_frames(tmp_path, mel_frames, frames):
     np.testing.assert_allclose(wav[0], ramp(frames * HOP) * gain, rtol=1e-6)
 
 
-# --- ResumableBatchSampler
+# ---------------------------------------------------------------------------------- check_pairs
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Callable:
+    """Returns a function that checks 10 seconds of speech with mels made of theirs by `change`."""
+    files = sorted(ROOT.glob("pretrained/samples/index_files/*-0.flac"))[:5]
+    speech = [load_wav(path, RATE).numpy() for path in files]
+    wavs = {f"{i}": speech[i // 2][i % 2 * RATE :][:RATE] for i in range(10)}
+    log_mel = LogMelSpectrogram(toy_config(tmp_path), 8000)
+    mels = [log_mel(torch.from_numpy(wav)[None])[0].numpy() for wav in wavs.values()]
+
+    def check(change: Callable) -> MelDataset:
+        changed = {f"{i}": change(i, mels) for i in range(10)}
+        dataset = make_dataset(tmp_path, wavs, changed)
+        check_pairs(dataset)
+        return dataset
+
+    return check
+
+
+def acoustic(mel: np.ndarray) -> np.ndarray:
+    """Blurs a mel over 5 frames and shifts it by one, like an acoustic model's."""
+    return scipy.ndimage.uniform_filter1d(np.roll(mel, 1, axis=1), 5, axis=1)
+
+
+MISMATCHES = {
+    "half in log10": (lambda i, mels: mels[i] / (math.log(10) if i > 4 else 1), 4, r"5\.npy"),
+    "another clip's": (lambda i, mels: mels[(i + 1) % 10], 8, r"0\.npy"),
+    "own": (lambda i, mels: mels[i], 0, ""),
+    "an acoustic model's": (lambda i, mels: acoustic(mels[i]), 0, ""),
+}
+
+
+@pytest.mark.parametrize(("change", "count", "first"), MISMATCHES.values(), ids=MISMATCHES)
+def test_fine_tuning_mels_that_do_not_match_their_clips_are_reported(
+    pairs, capsys, change, count, first
+):
+    dataset = pairs(change)
+    line = capsys.readouterr().out
+    if not count:
+        assert line == ""
+        return
+    pattern = (
+        rf"{dataset.mels_dir}/({first}): differs from the mel of .*\.wav by (\S+) on average; "
+    )
+    found = re.match(pattern, line)
+    mel, wav = dataset.whole(int(found[1][0]))
+    difference = np.abs(numpy_log_mel(wav[0].numpy(), dataset.h) - mel.numpy()).mean()
+    assert float(found[2]) == pytest.approx(difference, abs=0.01)
+    assert line.endswith(f"So do {count} of 8 mels compared\n") and line.count("\n") == 1
+
+
+def test_fine_tuning_mels_with_a_doubtful_end_are_reported(pairs, capsys):
+    pairs(lambda i, mels: mels[i] * (np.arange(mels[i].shape[1]) < 80))
+    assert "ends in 6 frames of zeros" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- ResumableBatchSampler
 
 
 def batches(h: Config, count: int, num_clips: int = 11, **where) -> list[list[tuple[int, int]]]:
@@ -634,7 +626,7 @@ def test_the_sequence_continues_where_it_was_left(h, epoch, epoch_step):
     assert batches(h, 5, epoch=epoch, epoch_step=epoch_step) == batches(h, done + 5)[done:]
 
 
-# --- python meldataset.py
+# ----------------------------------------------------------------------------- python meldataset.py
 
 
 @pytest.fixture
@@ -667,16 +659,3 @@ def test_the_command_writes_mels_in_depth_and_skips_bad_files(
         expected = LogMelSpectrogram(h, h.fmax)(wav[None])[0]
         assert expected.shape == (80, len(wav) // HOP)
         assert torch.equal(load_mel(path, 80), expected)
-
-
-def test_its_mels_are_those_that_fine_tuning_expects(tmp_path, recordings):
-    config, output_dir = write_config(tmp_path / "config.json"), tmp_path / "mels"
-    arguments = ["--input_wavs_dir", recordings, "--output_dir", output_dir]
-    run_main(meldataset, "--config", config, *arguments)
-    file_list = write_list(tmp_path / "list.txt", "a|x\ndeep/b|y\n")
-    dataset = MelDataset(toy_config(tmp_path), file_list, recordings, output_dir)
-    for index in range(2):
-        mel, wav = dataset.whole(index)
-        assert mel.shape[1] * HOP == wav.shape[1]
-        difference = (dataset.log_mel(wav)[0] - mel).abs()
-        assert difference[:, :-2].max() < 1e-5  # the last frames saw what whole() cut off

@@ -1,4 +1,4 @@
-"""The metrics, on speech and what spoils it."""
+"""The metrics, on speech-like signals and degradations of them."""
 
 import itertools
 import math
@@ -14,18 +14,17 @@ import scipy.fft
 import scipy.signal
 import torch
 import torch.nn.functional as F
+from speechmos import plcmos
 
 from audio import load_wav
 from env import Config, load_config
-from evaluation import metrics
-from evaluation.metrics import METRICS, Pair, Pitch, evaluate_pair, measure, name_missing
+from evaluation import metrics, opinion
+from evaluation.metrics import METRICS, F0Track, Pair, evaluate_pair, measure
 from meldataset import LogMelSpectrogram
-from tools.toy import ROOT, speech_like
+from tools.toy import ROOT, speech_like, toy_config
 
 RATE = 22050
-SECONDS = 1.3  # of speech: enough for every metric
-COMPARING = [metric for metric in METRICS if metric.needs_reference]
-
+SECONDS = 1.3  # of speech, enough for every metric
 PERFECT = {
     "mel_l1": 0,
     "mr_stft": 0,
@@ -38,17 +37,32 @@ PERFECT = {
     "vuv_f1": 1,
     "periodicity_rmse": 0,
 }
-SPECTRAL = {"mel_l1", "mr_stft", "mcd"}
-LEVELS = {"mel_l1", "mr_stft", "ltas"}
-HEARING = {"pesq_wb", "stoi", "estoi"}
+OPINIONS = ("distill_mos", "plcmos")
+HIGH_BAND = ("mel_l1_8_12khz", "ltas_8_12khz")
+SPECTRAL = ("mel_l1", "mr_stft", "ltas", "mcd")
+PERCEPTUAL = ("pesq_wb", "stoi", "estoi")
 
 
+@cache
 def config() -> Config:
     return load_config(ROOT / "config_v1.json")
 
 
-def spoil(wav: np.ndarray, how: str, amount: float) -> np.ndarray:
-    """`wav` [N] at RATE with more of a fault the larger `amount` is."""
+def metric(name: str) -> metrics.Metric:
+    (found,) = (metric for metric in METRICS if metric.name == name)
+    return found
+
+
+def value(
+    name: str, reference: np.ndarray, generated: np.ndarray, h: Config | None = None
+) -> float:
+    """Returns one metric; raises what it raises."""
+    wavs = (torch.from_numpy(np.float32(wav)) for wav in (reference, generated))
+    return metric(name).function(Pair(*wavs, h=h or config()))
+
+
+def degrade(wav: np.ndarray, how: str, amount: float) -> np.ndarray:
+    """Returns `wav` [N] at RATE with a fault that grows with `amount`."""
     if how == "noise":
         return wav + amount * np.random.default_rng(1).standard_normal(len(wav))
     if how == "lowpass":
@@ -56,56 +70,50 @@ def spoil(wav: np.ndarray, how: str, amount: float) -> np.ndarray:
         return scipy.signal.sosfiltfilt(octaves, wav)
     if how == "pitch":
         return librosa.effects.pitch_shift(wav, sr=RATE, n_steps=amount)
-    if how == "griffin-lim":
-        magnitude = np.abs(librosa.stft(wav, n_fft=1024))
-        n_iter = round(32 / amount)
-        return librosa.griffinlim(magnitude, n_iter=n_iter, random_state=0, length=len(wav))
-    if how == "level":
-        return wav / 2**amount
-    raise ValueError(how)
+    magnitude = np.abs(librosa.stft(wav, n_fft=1024))  # Griffin-Lim
+    return librosa.griffinlim(magnitude, n_iter=32 // amount, random_state=0, length=len(wav))
 
 
-@cache
-def scores(how: str = "level", amount: float = 0) -> dict[str, float]:
-    """The metrics of made-up speech and what has become of it."""
-    wav = speech_like(SECONDS)
-    wav_hat = np.ascontiguousarray(spoil(wav, how, amount), dtype=np.float32)
-    pair = Pair(torch.from_numpy(wav), torch.from_numpy(wav_hat), config())
-    return measure(pair, COMPARING).values
+def white_noise(seconds: float, rate: int = RATE, seed: int = 0) -> np.ndarray:
+    return 0.1 * np.random.default_rng(seed).standard_normal(int(seconds * rate))
 
 
-def value(name: str, reference: np.ndarray, generated: np.ndarray) -> float:
-    """One metric; raises what it raises."""
-    (metric,) = (metric for metric in METRICS if metric.name == name)
-    wavs = (torch.from_numpy(np.float32(wav)) for wav in (reference, generated))
-    return metric.function(Pair(*wavs, h=config()))
-
-
-def test_identical_waveforms_score_perfectly():
-    assert scores() == pytest.approx(PERFECT, abs=1e-3)
-    assert [metric.name for metric in METRICS] == ["distill_mos", *PERFECT]
+def test_identical_waveforms_score_perfectly_at_any_level():
+    wav = torch.from_numpy(speech_like(SECONDS))
+    comparing = [metric for metric in METRICS if metric.needs_reference]
+    assert measure(Pair(wav, wav, config()), comparing).values == pytest.approx(PERFECT, abs=1e-3)
+    louder = measure(Pair(wav, 2 * wav, config()), comparing).values
+    levels = {"mel_l1": math.log(2), "ltas": 20 * math.log10(2)}
+    del louder["mr_stft"]  # it has a test of its own
+    expected = {name: levels.get(name, PERFECT[name]) for name in louder}
+    assert louder == pytest.approx(expected, abs=0.1, rel=1e-3)
+    assert {metric.name for metric in METRICS} == {*OPINIONS, *HIGH_BAND, *PERFECT}
 
 
 @pytest.mark.parametrize(
-    ("how", "amounts", "seen_by"),
+    ("how", "amounts", "names"),
     [
-        ("noise", (0.003, 0.01, 0.03), SPECTRAL | {"ltas"} | HEARING | {"periodicity_rmse"}),
-        ("noise", (0.03, 0.1), {"vuv_f1"}),
-        ("lowpass", (0.0, 1.0, 2.0), SPECTRAL | {"ltas"}),
-        ("lowpass", (1.0, 2.0, 3.0), HEARING | {"periodicity_rmse"}),
-        ("pitch", (0.5, 1.0, 2.0), SPECTRAL | HEARING | {"f0_rmse"}),
-        ("griffin-lim", (1, 8, 32), SPECTRAL | HEARING | {"periodicity_rmse"}),
+        ("noise", (0.003, 0.01, 0.03), (*SPECTRAL, *PERCEPTUAL)),
+        ("noise", (0.03, 0.1), ("vuv_f1", "periodicity_rmse")),
+        ("lowpass", (0.0, 1.0, 2.0), SPECTRAL),
+        ("lowpass", (1.0, 2.0, 3.0), PERCEPTUAL),
+        ("pitch", (0.5, 2.0), ("mel_l1", *PERCEPTUAL, "f0_rmse")),
+        ("griffin-lim", (1, 8), ("mel_l1", "mr_stft", "mcd", *PERCEPTUAL, "periodicity_rmse")),
     ],
 )
-def test_worse_speech_scores_worse(how, amounts, seen_by):
-    steps = [scores(), *(scores(how, amount) for amount in amounts)]
-    better = {metric.name: metric.better for metric in METRICS}
-    for name in seen_by:
+def test_worse_speech_scores_worse(how, amounts, names):
+    wav = speech_like(SECONDS)
+    steps = []
+    for generated in (wav, *(degrade(wav, how, amount) for amount in amounts)):
+        pair = Pair(torch.from_numpy(wav), torch.from_numpy(np.float32(generated)), config())
+        steps.append(measure(pair, map(metric, names)).values)
+    for name in names:
+        sign = 1 if metric(name).better == "lower" else -1
         for good, bad in itertools.pairwise(step[name] for step in steps):
-            assert bad > good + 1e-3 if better[name] == "lower" else bad < good - 1e-3, name
+            assert sign * (bad - good) > 1e-3, name
 
 
-def test_mel_l1_is_the_error_that_training_shows():
+def test_mel_l1_is_the_error_of_validation():
     h = config()
     wav, wav_hat = (torch.from_numpy(speech_like(0.7, seed=seed)) for seed in (0, 1))
     log_mel = LogMelSpectrogram(h, h.fmax_for_loss)
@@ -113,32 +121,49 @@ def test_mel_l1_is_the_error_that_training_shows():
     assert value("mel_l1", wav.numpy(), wav_hat.numpy()) == expected > 0.1
 
 
+def test_high_band_metrics_measure_8_to_12_khz_alone(tmp_path):
+    h = toy_config(tmp_path, sampling_rate=24000, fmax=12000, fmax_for_loss=12000)
+    wav = white_noise(1.0, rate=24000)
+    bins = np.fft.rfftfreq(len(wav), 1 / 24000)
+
+    def halved(is_halved: np.ndarray) -> np.ndarray:
+        return np.fft.irfft(np.fft.rfft(wav) * np.where(is_halved, 0.5, 1), len(wav))
+
+    above, below = halved(bins > 7900), halved(bins < 7900)
+    assert value("mel_l1_8_12khz", wav, above, h) == pytest.approx(math.log(2), abs=0.02)
+    assert value("ltas_8_12khz", wav, above, h) == pytest.approx(20 * math.log10(2), abs=0.1)
+    for name in HIGH_BAND:
+        assert value(name, wav, below, h) < 0.05
+    assert value("pesq_wb", wav, above, h) > 4.6  # why these two exist
+    wavs = torch.from_numpy(np.float32([wav, above]))
+    assert set(HIGH_BAND) <= evaluate_pair(*wavs, h).keys()
+
+
 def test_mr_stft_is_relative_to_the_reference():
     """Half the amplitude: a convergence of 0.5, and ln 2 in the logarithm. Twice: 1, and ln 2."""
-    wav = 0.1 * np.random.default_rng(0).standard_normal(RATE)
+    wav = white_noise(1.0)
     assert value("mr_stft", wav, wav / 2) == pytest.approx(0.5 + math.log(2), abs=1e-3)
     assert value("mr_stft", wav, wav * 2) == pytest.approx(1.0 + math.log(2), abs=1e-3)
 
 
-def test_ltas_sees_a_comb_that_bands_hide():
-    """An echo of 256 samples, which raises and lowers each fourth bin of 1,024."""
-    wav = 0.1 * np.random.default_rng(0).standard_normal(10 * RATE)
+def test_ltas_shows_a_comb_filter_that_mel_bands_hide():
+    """An echo after 256 samples raises and lowers every fourth bin of 1,024."""
+    wav = white_noise(10.0)
     comb = wav.copy()
     comb[256:] += 0.3 * wav[:-256]
     comb /= np.std(comb) / np.std(wav)
     window = np.hanning(1025)[:-1]
-    seen = np.sum(window[256:] * window[:-256]) / np.sum(window**2)  # of the echo in a window
-    power = 1 + 0.6 * seen * np.cos(2 * np.pi * np.arange(513) / 4) / 1.09
-    expected = 10 * np.log10(power)
-    assert value("ltas", wav, comb) == pytest.approx(np.abs(expected).mean(), rel=0.1)
-    other = 0.1 * np.random.default_rng(1).standard_normal(10 * RATE)
+    overlap = np.sum(window[256:] * window[:-256]) / np.sum(window**2)  # echo inside a window
+    power = 1 + 0.6 * overlap * np.cos(2 * np.pi * np.arange(513) / 4) / 1.09
+    assert value("ltas", wav, comb) == pytest.approx(np.abs(10 * np.log10(power)).mean(), rel=0.1)
+    other = white_noise(10.0, seed=1)
     assert value("ltas", wav, other) < 0.3
     assert value("mel_l1", wav, comb) < value("mel_l1", wav, other)
 
 
 def test_mcd_is_the_difference_of_smoothed_spectra_in_decibels():
     h = config()
-    wav, wav_hat = (np.float32(speech_like(0.7, seed=seed)) for seed in (0, 1))
+    wav, wav_hat = (speech_like(0.7, seed=seed) for seed in (0, 1))
     log_mel = LogMelSpectrogram(h, h.fmax_for_loss)
     mel, mel_hat = (log_mel(torch.from_numpy(each)[None])[0].double() for each in (wav, wav_hat))
     decibels = 20 / math.log(10) * (mel - mel_hat).numpy()
@@ -150,10 +175,10 @@ def test_mcd_is_the_difference_of_smoothed_spectra_in_decibels():
     assert value("mcd", wav, wav_hat) == pytest.approx(expected, rel=1e-6)
 
 
-def test_hearing_metrics_are_the_libraries_own_at_the_rates_they_are_defined_for():
+def test_pesq_and_stoi_are_the_libraries_own_at_the_rates_of_their_definitions():
     wav = speech_like(2 * SECONDS)
-    wav[len(wav) // 2 :] = 0  # STOI looks only where the reference speaks
-    noisy = spoil(wav, "noise", 0.01).astype(np.float32)
+    wav[len(wav) // 2 :] = 0  # STOI ignores frames in which the reference is silent
+    noisy = degrade(wav, "noise", 0.01).astype(np.float32)
 
     def expected(reference: np.ndarray, generated: np.ndarray) -> dict[str, float]:
         at_16k, at_10k = (
@@ -169,200 +194,173 @@ def test_hearing_metrics_are_the_libraries_own_at_the_rates_they_are_defined_for
     forward, backward = expected(wav, noisy), expected(noisy, wav)
     for name, number in forward.items():
         assert value(name, wav, noisy) == pytest.approx(number, rel=1e-6), name
-        assert number != pytest.approx(backward[name], rel=1e-3)  # the reference comes first
+        assert number != pytest.approx(backward[name], rel=1e-3)  # the order matters
     assert forward["estoi"] < forward["stoi"] - 0.1
 
 
-def test_level_is_heard_by_the_mel_but_not_by_mcd():
-    louder = scores("level", -1)
-    assert louder["mel_l1"] == pytest.approx(math.log(2), abs=0.01)
-    assert louder["ltas"] == pytest.approx(20 * math.log10(2), abs=0.1)
-    unheard = PERFECT.keys() - LEVELS
-    for name in unheard:
-        assert louder[name] == pytest.approx(PERFECT[name], abs=1e-3), name
-
-
 def tone(pitch: float, seconds: float = 1.0) -> np.ndarray:
-    """A steady voice."""
+    """Returns a steady harmonic tone."""
     time = np.arange(int(seconds * RATE)) / RATE
     return 0.1 * sum(np.sin(2 * np.pi * k * pitch * time) / k for k in range(1, 10))
 
 
-@pytest.mark.parametrize("pitch", [90.0, 220.0, 400.0])
-@pytest.mark.parametrize("cents", [-100, 50, 100, 300])
+@pytest.mark.parametrize(("pitch", "cents"), [(90.0, -100), (220.0, 50), (400.0, 300)])
 def test_f0_rmse_of_two_tones_is_their_interval(pitch, cents):
-    off = value("f0_rmse", tone(pitch), tone(pitch * 2 ** (cents / 1200)))
+    off = value("f0_rmse", tone(pitch, 0.5), tone(pitch * 2 ** (cents / 1200), 0.5))
     assert off == pytest.approx(abs(cents), abs=8)
 
 
-def test_f0_metrics_by_hand():
-    wav = torch.zeros(5 * 256)
+def test_f0_metrics_equal_a_computation_by_hand():
+    wav, nan = torch.zeros(5 * 256), math.nan
     pair = Pair(wav, wav, config())
-    nan = math.nan
-    pair.pitches = (
-        Pitch(
+    pair.f0_tracks = (
+        F0Track(
             np.array([100, 100, 200, nan, nan]),
             np.array([True, True, True, False, False]),
             np.array([0.9, 0.8, 0.7, 0.1, 0.0]),
         ),
-        Pitch(
+        F0Track(
             np.array([100 * 2 ** (30 / 1200), 100 * 2 ** (-40 / 1200), nan, 150, nan]),
             np.array([True, True, False, True, False]),
             np.array([0.9, 0.8, 0.4, 0.5, 0.0]),
         ),
     )
-    values = {metric.name: metric.function for metric in METRICS}
-    assert values["f0_rmse"](pair) == pytest.approx(math.sqrt((30**2 + 40**2) / 2))
-    assert values["vuv_f1"](pair) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert values["periodicity_rmse"](pair) == pytest.approx(math.sqrt((0.3**2 + 0.4**2) / 5))
+    expected = {
+        "f0_rmse": math.sqrt((30**2 + 40**2) / 2),
+        "vuv_f1": 2 * 2 / (2 * 2 + 1 + 1),
+        "periodicity_rmse": math.sqrt((0.3**2 + 0.4**2) / 5),
+    }
+    for name, number in expected.items():
+        assert metric(name).function(pair) == pytest.approx(number)
 
 
-def test_a_voice_that_stops_early_loses_recall():
-    """All is voiced in one, half in the other: precision 1, recall 1/2, F1 2/3."""
-    half = tone(150.0, seconds=2.0) * (np.arange(2 * RATE) < RATE)
-    noise = 1e-3 * np.random.default_rng(0).standard_normal(2 * RATE)
-    assert value("vuv_f1", tone(150.0, seconds=2.0), half + noise) == pytest.approx(2 / 3, abs=0.03)
-
-
-def test_f0_has_one_frame_each_hop():
+def test_f0_has_one_frame_for_each_hop():
     pair = Pair(torch.zeros(10 * 256 + 17), torch.zeros(9999), config())
-    assert [len(pitch.f0) for pitch in pair.pitches] == [11, 11]
+    assert [len(track.f0) for track in pair.f0_tracks] == [11, 11]
 
 
-def test_what_cannot_be_measured_is_none():
+def test_a_metric_that_is_not_defined_for_a_pair_is_none():
     h = config()
     wav = torch.from_numpy(speech_like(0.5))
     for generated in (torch.full_like(wav, math.nan), torch.zeros(0)):
         assert set(evaluate_pair(wav, generated, h).values()) == {None}
-    for number in (math.nan, math.inf):  # in one sample; they must not reach pesq's C code
-        broken = wav.clone()
-        broken[100] = number
-        reasons = measure(Pair(wav, broken, h)).reasons
-        assert reasons["pesq_wb"] == "the generated waveform is silent or not finite"
-        assert reasons.keys() == {"distill_mos", *PERFECT}
+    broken = wav.clone()
+    broken[100] = math.inf  # must not reach the C code of pesq
+    reasons = measure(Pair(wav, broken, h)).reasons
+    assert reasons["pesq_wb"] == "the generated waveform is silent or not finite"
+    assert reasons.keys() == {*OPINIONS, *PERFECT}
     too_short = evaluate_pair(wav[:3000], wav[:3000], h)
-    none = {name for name, each in too_short.items() if each is None}
-    assert none >= {"pesq_wb", "stoi", "estoi"} and too_short["mel_l1"] == 0
+    assert {"pesq_wb", "stoi", "estoi"} <= {n for n, each in too_short.items() if each is None}
+    assert too_short["mel_l1"] == 0
     with pytest.raises(ValueError, match="20 s"):  # pesq would crash at the 50th utterance
         value("pesq_wb", np.ones(21 * RATE), np.ones(21 * RATE))
     with pytest.raises(ValueError, match=r"shape \[1, 11025\]"):
         evaluate_pair(wav[None], wav, h)
 
 
-def test_intelligibility_leaves_random_numbers_as_they_were():
-    np.random.seed(3)
-    expected = np.random.random()
-    np.random.seed(3)
-    noisy = spoil(speech_like(SECONDS), "noise", 0.01)
-    first, second = (value("estoi", speech_like(SECONDS), noisy) for _ in range(2))
-    assert first == second  # to the last bit: pystoi adds noise
-    assert np.random.random() == expected
-
-
-def test_without_pyin_its_three_metrics_are_left_out(capsys, monkeypatch):
-    def no_numba(*_, **__):
-        raise ImportError("No module named 'numba'")
-
-    monkeypatch.setattr(librosa, "pyin", no_numba)
-    name_missing.cache_clear()
-    wav = torch.from_numpy(speech_like(0.5))
-    for _ in range(2):
-        values = evaluate_pair(wav, wav, config())
-    assert PERFECT.keys() - values.keys() == {"f0_rmse", "vuv_f1", "periodicity_rmse"}
-    assert capsys.readouterr().err.count("it needs librosa (No module named 'numba')") == 3
-
-
-# --- DistillMOS, which hears one waveform
+# ------------------------------------------------------------------ networks that predict opinions
 
 
 @cache
 def recording() -> np.ndarray:
-    """4 s of LJSpeech, on the page of the shipped weights."""
+    """Returns 4 s of LJSpeech from the page of the shipped weights."""
     return load_wav(ROOT / "pretrained/samples/index_files/0001-0.flac", RATE).numpy()
 
 
-def opinion(wav: np.ndarray) -> float:
-    """DistillMOS; the reference plays no part."""
-    return value("distill_mos", np.zeros_like(wav), wav)
+def opinion_of(wav: np.ndarray, name: str = "distill_mos") -> float:
+    """Returns a metric that ignores the reference."""
+    return value(name, np.zeros_like(wav), wav)
 
 
-def griffin_lim(wav: np.ndarray) -> np.ndarray:
-    """From the log-mel: what a vocoder is given."""
-    h = config()
-    mel = LogMelSpectrogram(h, h.fmax)(torch.from_numpy(wav)[None])[0].exp().numpy()
-    magnitude = librosa.feature.inverse.mel_to_stft(
-        mel, sr=RATE, n_fft=h.n_fft, power=1, fmin=h.fmin, fmax=h.fmax
-    )
-    return librosa.griffinlim(magnitude, n_iter=32, hop_length=h.hop_size, random_state=0)
-
-
-def test_opinion_of_a_recording_is_better_than_of_what_is_made_of_it():
+@pytest.mark.parametrize("name", OPINIONS)
+def test_opinions_prefer_a_recording_and_do_not_depend_on_its_level(name):
     wav = recording()
-    good = opinion(wav)
+    state = torch.random.get_rng_state(), np.random.get_state()[1]
+    good = opinion_of(wav, name)
     assert 3.5 < good < 5
-    assert opinion(spoil(wav, "noise", 0.01)) < good - 0.5
-    assert opinion(griffin_lim(wav)) < good - 0.5
+    assert opinion_of(degrade(wav, "noise", 0.03), name) < good - 0.3
+    assert opinion_of(0.01 * wav, name) == pytest.approx(good, abs=1e-3)
+    assert torch.equal(state[0], torch.random.get_rng_state())
+    np.testing.assert_array_equal(state[1], np.random.get_state()[1])
 
 
-def test_opinion_is_the_same_each_time_and_at_each_level():
-    wav = recording()
-    expected = opinion(wav)
-    assert opinion(wav) == expected
-    for gain in (0.01, 0.7):
-        assert opinion(gain * wav) == pytest.approx(expected, abs=1e-3), gain
+def test_plcmos_is_the_packages_own():
+    at_16k = librosa.resample(recording(), orig_sr=RATE, target_sr=16000)
+    np.random.seed(0)
+    expected = plcmos.run(0.9 * at_16k / np.abs(at_16k).max(), 16000)["plcmos"]
+    assert opinion_of(recording(), "plcmos") == pytest.approx(expected, abs=1e-4)
 
 
-def test_opinion_of_a_long_file_is_the_models_own():
-    """Window by window here, all at once there."""
+def test_distill_mos_of_a_long_file_is_the_models_own():
+    """The windows are computed one by one here, all at once there."""
     wav = np.tile(recording(), 2)
     at_16k = librosa.resample(wav, orig_sr=RATE, target_sr=16000, res_type="soxr_hq")
+    assert len(at_16k) > opinion.DISTILL_SAMPLES + 0.9 * opinion.DISTILL_HOP  # two windows
     with torch.no_grad():
-        expected = metrics._opinion_model()(torch.from_numpy(at_16k)[None]).item()
-    assert len(at_16k) > metrics.OPINION_SAMPLES + 0.9 * metrics.OPINION_HOP  # two windows
-    assert opinion(wav) == pytest.approx(expected, abs=1e-4)
+        expected = opinion._distill_mos_model()(torch.from_numpy(at_16k)[None]).item()
+    assert opinion_of(wav) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.fixture
 def anew(monkeypatch):
-    """The package and its weights are not loaded yet."""
-    metrics._opinion_model.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "distillmos"]:
+    """Unloads the networks and their packages."""
+    opinion._distill_mos_model.cache_clear()
+    opinion._plcmos_model.cache_clear()
+    metrics.say_missing.cache_clear()
+    packages = ("distillmos", "xls_r_sqa", "speechmos", "auraloss", "mel_cepstral_distance")
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         monkeypatch.delitem(sys.modules, name)
+    yield
+    opinion._distill_mos_model.cache_clear()
+    opinion._plcmos_model.cache_clear()
 
 
 @pytest.mark.usefixtures("anew")
-def test_opinion_needs_no_torchaudio(tmp_path, monkeypatch):
-    """One that fits another torch is there."""
+def test_distill_mos_needs_no_torchaudio_and_prints_nothing(tmp_path, monkeypatch, capsys):
+    """An installed torchaudio was built for another torch."""
     (tmp_path / "torchaudio.py").write_text('raise OSError("undefined symbol")')
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchaudio", raising=False)
-    assert 1 < opinion(recording()) < 5
-    with pytest.raises(OSError, match="undefined symbol"):  # what stood in for it is gone
+    assert 1 < opinion_of(recording()) < 5
+    with pytest.raises(OSError, match="undefined symbol"):  # its replacement is gone
         import torchaudio  # noqa: F401
-
-
-@pytest.mark.usefixtures("anew")
-def test_opinion_leaves_its_host_as_it_was(capsys):
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    opinion(recording())
-    assert torch.rand(1) == expected
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.usefixtures("anew")
-@pytest.mark.parametrize("module", ["distillmos", "xls_r_sqa"])
-def test_without_its_packages_the_command_that_installs_them_is_named(capsys, monkeypatch, module):
-    for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
-        monkeypatch.delitem(sys.modules, name)
+@pytest.mark.parametrize(
+    ("module", "names", "command"),
+    [
+        ("distillmos", ["distill_mos"], metrics.NODEPS),
+        ("xls_r_sqa", ["distill_mos"], metrics.NODEPS),
+        ("speechmos", ["plcmos"], "pip install speechmos onnxruntime"),
+        ("onnxruntime", ["plcmos"], "pip install speechmos onnxruntime"),
+        ("auraloss", ["mr_stft"], "pip install auraloss"),
+        ("mel_cepstral_distance", ["mcd"], "pip install mel-cepstral-distance"),
+        ("pesq", ["pesq_wb"], "pip install pesq"),
+        ("pystoi", ["stoi", "estoi"], "pip install pystoi"),
+        ("numba", ["f0_rmse", "vuv_f1", "periodicity_rmse"], "pip install librosa"),
+    ],
+)
+def test_a_missing_package_is_named_once_with_the_command_that_installs_it(
+    capsys, monkeypatch, module, names, command
+):
     monkeypatch.setitem(sys.modules, module, None)
-    name_missing.cache_clear()
-    wav = torch.from_numpy(recording()[:RATE])
+    if module == "numba":  # librosa has imported it
+
+        def no_numba(*_, **__):
+            raise ImportError("No module named 'numba'")
+
+        monkeypatch.setattr(librosa, "pyin", no_numba)
+    wav = torch.from_numpy(speech_like(0.5))
+    kept = [metric("mel_l1"), *map(metric, names)]
     for _ in range(2):
-        assert "distill_mos" not in evaluate_pair(wav, wav, config())
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("distill_mos: left out, it needs distillmos (")
-    assert line.endswith("; pip install --no-deps -r requirements-nodeps.txt")
-    (wanted,) = (each for each in METRICS if each.name == "distill_mos")
-    assert wanted.requirements.split()[-1] in [path.name for path in ROOT.glob("requirements*")]
+        found = measure(Pair(wav, wav, config()), kept)
+        assert found.values.keys() == {"mel_l1"} and found.missing.keys() == set(names)
+        for name, reason in found.missing.items():
+            metrics.say_missing(name, reason)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(names)
+    for name, line in zip(names, lines, strict=True):
+        assert line.startswith(f"{name}: left out, {metric(name).library} is missing (")
+        assert line.endswith(f": {command}")

@@ -1,6 +1,7 @@
-"""The models against oracles: plain loops, textbook HiFi-GAN, formulas and known counts."""
+"""The models against oracles: plain loops, HiFi-GAN's reference, torch.istft and known counts."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,48 +15,66 @@ from models import (
     MISR,
     Discriminators,
     Generator,
+    ISTFTHead,
     MultiPeriodDiscriminator,
     MultiScaleDiscriminator,
     ResBlock1,
     ResBlock2,
+    conv1d,
 )
 from tests.conftest import ALL_CONFIGS
-from tools import hifigan_reference as textbook
+from tools import hifigan_reference as reference
 from tools.toy import ROOT, toy_config
 from weights import load_weights
 
-MERGES = ["mean", "conv"]
+FRAME_RATE = "configs/frame_v2.json"
+FUSIONS = {
+    "MISR": ("config_v2.json", {}),
+    "MISR conv": ("config_v2.json", {"misr_merge": "conv"}),
+    "MISR resblock 2": ("config_v2.json", {"resblock": "2"}),
+    "MRF": ("configs/hifigan_v2.json", {}),
+    "MRF resblock 2": ("configs/hifigan_v3.json", {}),
+}
+GENERATORS = FUSIONS | {"iSTFT": ("configs/istft_v2.json", {})}
+
+
+def each(cases: dict) -> pytest.MarkDecorator:
+    """Runs a test for each config and its changes."""
+    return pytest.mark.parametrize(("config", "changes"), cases.values(), ids=cases)
 
 
 def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    """Counts parameters, without the gains of weight norm."""
+    named = module.named_parameters()
+    return sum(p.numel() for name, p in named if not name.endswith("original0"))
 
 
 def randomise(module: nn.Module, std: float = 0.3) -> nn.Module:
-    """Weights large enough for every path to matter."""
+    """Draws weights so large that every path matters."""
     with torch.no_grad():
         for p in module.parameters():
             p.normal_(0, std)
     return module
 
 
-def assert_same_gradients(ours: torch.Tensor, theirs: torch.Tensor, wanted: list) -> None:
-    """Two float64 tensors, and their gradients to `wanted`, are equal to rounding."""
-    atol = 1e-10 * float(theirs.detach().abs().max())
+def assert_same_gradients(
+    ours: torch.Tensor, theirs: torch.Tensor, inputs: list, rtol: float = 1e-10
+) -> None:
+    """Compares two tensors and their gradients with respect to `inputs`."""
+    atol = rtol * float(theirs.detach().abs().max())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
     weights = torch.randn_like(ours)
-    gradients = [torch.autograd.grad((y * weights).sum(), wanted) for y in (ours, theirs)]
+    gradients = [torch.autograd.grad((y * weights).sum(), inputs) for y in (ours, theirs)]
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol * float(theirs.abs().max()))
 
 
 # ------------------------------------------------------------------------------------------- MISR
 
 
 def grouped_misr(misr: MISR, x: torch.Tensor) -> torch.Tensor:
-    """MISR as the paper names it: a grouped convolution of N copies of the input."""
-    N = misr.num_inputs
-    conv = misr.input_conv
+    """MISR as the paper has it: a grouped convolution of N copies of the input."""
+    N, conv = misr.num_inputs, misr.input_conv
     inputs = F.conv1d(x.repeat(1, N, 1), conv.weight, conv.bias, groups=N).chunk(N, dim=1)
     outputs = [misr.resblock(y) for y in inputs]
     if misr.output_conv is None:
@@ -63,34 +82,52 @@ def grouped_misr(misr: MISR, x: torch.Tensor) -> torch.Tensor:
     return misr.output_conv(torch.cat(outputs, dim=1))
 
 
-@pytest.mark.parametrize("oracle", [textbook.misr_loop, grouped_misr])
-@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("oracle", [reference.misr_loop, grouped_misr])
+@pytest.mark.parametrize("merge", ["mean", "conv"])
 @pytest.mark.parametrize(
-    ("num_inputs", "resblock"), [(3, ResBlock1), (3, ResBlock2), (1, ResBlock1)]
+    ("num_inputs", "resblock", "lookahead"),
+    [(3, ResBlock1, None), (3, ResBlock2, None), (1, ResBlock1, None), (3, ResBlock1, 0)],
 )
-def test_misr_equals_the_loop(num_inputs, resblock, merge, oracle):
-    misr = randomise(MISR(6, num_inputs, 5, (1, 3), merge, resblock)).double()
+def test_misr_equals_the_loop(num_inputs, resblock, lookahead, merge, oracle):
+    misr = randomise(MISR(6, num_inputs, 5, (1, 3), merge, resblock, lookahead)).double()
     x = torch.randn(2, 6, 40, dtype=torch.float64, requires_grad=True)
     assert_same_gradients(misr(x), oracle(misr, x), [x, *misr.parameters()])
 
 
 def test_misr_calls_the_shared_block_once_with_all_inputs():
-    misr = MISR(8, 3, 11, (1, 3, 5), "mean")
-    shapes = []
+    misr, shapes = MISR(8, 3, 11, (1, 3, 5), "mean"), []
     misr.resblock.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
     assert misr(torch.randn(2, 8, 50)).shape == (2, 8, 50)
     assert shapes == [(6, 8, 50)]
     assert misr.input_conv.weight.shape == (24, 8, 1)
 
 
-def test_conv_merge_starts_as_the_mean():
-    torch.manual_seed(0)
-    mean = MISR(16, 3, 3, (1,), "mean")
-    torch.manual_seed(0)
-    conv = MISR(16, 3, 3, (1,), "conv")
+def test_merge_by_convolution_starts_as_the_mean():
+    mean, conv = (MISR(16, 3, 3, (1,), merge) for merge in ("mean", "conv"))
     conv.load_state_dict(mean.state_dict(), strict=False)
     x = torch.randn(1, 16, 30)
     torch.testing.assert_close(conv(x), mean(x))
+
+
+@pytest.mark.parametrize("config", ["config_v2.json", "configs/hifigan_v2.json"])
+def test_the_first_forward_uses_the_initial_weights(config):
+    """Weight norm recomputes weights, so their standard deviations are compared after a forward."""
+    h = load_config(ROOT / config)
+    generator = Generator(h)
+    generator(torch.randn(1, h.num_mels, 2))
+    for name, module in generator.named_modules():
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            continue
+        weight = module.weight.detach()
+        expected = (3 * weight[0].numel()) ** -0.5  # PyTorch's: uniform up to 1 / sqrt(fan_in)
+        if h.uses_misr and ".resblock." in name:
+            expected = 0.01
+        if name.endswith("input_conv"):
+            C = weight.shape[1]
+            weight = weight.squeeze(-1) - torch.eye(C).repeat(h.resblock_num, 1)
+            expected = 0.5 / C**0.5
+            assert not module.bias.any()
+        assert float(weight.std()) == pytest.approx(expected, rel=0.25), name
 
 
 # ---------------------------------------------------------------------------------------- layouts
@@ -105,15 +142,9 @@ CONVOLUTIONS = {
     "transposed, kernel = rate": lambda: ConvTranspose1d(4, 6, 3, 3),
     "transposed, odd": lambda: ConvTranspose1d(4, 6, 7, 5, padding=1),
 }
-BLOCKS = {
-    "ResBlock1": lambda: ResBlock1(6, 5, (1, 3)),
-    "ResBlock2": lambda: ResBlock2(6, 5, (1, 3)),
-    "MISR mean": lambda: MISR(6, 3, 5, (1, 3), "mean"),
-    "MISR conv": lambda: MISR(6, 3, 5, (1, 3), "conv"),
-}
 
 
-def test_channels_last_moves_values_only_where_it_must():
+def test_channels_last_copies_only_what_has_another_layout():
     x = torch.randn(2, 3, 4)
     y = channels_last(x)
     assert torch.equal(x, y)
@@ -123,7 +154,7 @@ def test_channels_last_moves_values_only_where_it_must():
 
 
 @pytest.mark.parametrize("make", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_a_convolution_takes_and_gives_either_layout(make):
+def test_a_convolution_keeps_the_layout_of_its_input(make):
     conv = make().double()
     for batch in (1, 3):  # a dimension of 1 has two layouts
         x = torch.randn(batch, 4, 17, dtype=torch.float64)
@@ -134,46 +165,30 @@ def test_a_convolution_takes_and_gives_either_layout(make):
             assert is_channels_last(y) == (layout is channels_last)
 
 
-@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
-def test_a_block_is_the_same_in_both_layouts(make):
-    block = randomise(make()).double()
-    for batch in (1, 3):
-        x = torch.randn(batch, 6, 40, dtype=torch.float64, requires_grad=True)
-        last, plain = block(channels_last(x)), block(x)
-        assert (is_channels_last(last), is_channels_last(plain)) == (True, False)
-        assert_same_gradients(last, plain, [x, *block.parameters()])
-
-
-# -------------------------------------------------------------------------------------- generator
-
-FUSIONS = {
-    "MISR": ("config_v2.json", {}),
-    "MISR conv": ("config_v2.json", {"misr_merge": "conv"}),
-    "MISR resblock 2": ("config_v2.json", {"resblock": "2"}),
-    "MRF": ("configs/hifigan_v2.json", {}),
-    "MRF resblock 2": ("configs/hifigan_v3.json", {}),
-}
-GENERATORS = FUSIONS | {"iSTFT": ("configs/istft_v2.json", {})}
-
-
-@pytest.mark.parametrize(("config", "changes"), GENERATORS.values(), ids=GENERATORS)
-def test_the_generator_s_layout_changes_nothing(config, changes, tmp_path, monkeypatch):
+@each(GENERATORS)
+def test_a_generator_is_the_same_in_both_layouts(config, changes, tmp_path, monkeypatch):
     h = toy_config(tmp_path, config, upsample_initial_channel=32, **changes)
-    generator = Generator(h).double()
-    layouts = []
-    for up in generator.ups:
-        up.register_forward_hook(lambda _, __, y: layouts.append(is_channels_last(y)))
-    mel = torch.randn(2, h.num_mels, 5, dtype=torch.float64, requires_grad=True)
-    wav = generator(mel)
-    monkeypatch.setattr(models, "channels_last", lambda x: x)
-    plain = generator(mel)
-    stages = len(generator.ups)
-    assert layouts == [True] * stages + [False] * stages
-    assert_same_gradients(wav, plain, [mel, *generator.parameters()])
+    generator, layouts = Generator(h).double(), []
+    for _, blocks in generator.stages():
+        hook = blocks[-1].register_forward_hook
+        hook(lambda _, inputs, y: layouts.append([is_channels_last(x) for x in (*inputs, y)]))
+    for batch in (1, 2):
+        layouts.clear()
+        mel = torch.randn(batch, h.num_mels, 5, dtype=torch.float64, requires_grad=True)
+        features = generator.features(mel)
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "channels_last", lambda x: x)
+            plain = generator.features(mel)
+        stages = len(generator.ups)
+        assert layouts == [[True, True]] * stages + [[False, False]] * stages
+        assert_same_gradients(features, plain, [mel, *generator.parameters()])
+
+
+# -------------------------------------------------------------------------------- receptive field
 
 
 def upsampling(*kernels: int, rates: tuple[int, ...], istft: tuple = (None, None)) -> dict:
-    """Config keys for these stages; the mel's STFT is only made to fit."""
+    """Returns config keys of these stages, with a mel that fits."""
     hop_size = math.prod(rates) * (istft[1] or 1)
     return {
         "upsample_rates": rates,
@@ -188,7 +203,6 @@ def upsampling(*kernels: int, rates: tuple[int, ...], istft: tuple = (None, None
 
 
 UPSAMPLINGS = {
-    "shipped": upsampling(16, 16, 4, 4, rates=(8, 8, 2, 2)),
     "kernel = rate": upsampling(8, 8, 2, 2, rates=(8, 8, 2, 2)),
     "odd": upsampling(7, 9, rates=(3, 5)),
     "odd, kernel = rate": upsampling(3, 5, rates=(3, 5)),
@@ -198,207 +212,209 @@ UPSAMPLINGS = {
     "iSTFT": upsampling(16, 16, rates=(8, 8), istft=(16, 4)),
     "iSTFT, odd": upsampling(7, rates=(3,), istft=(12, 5)),
 }
+UPSAMPLING_GENERATORS = FUSIONS | {
+    name: ("config_v2.json", changes) for name, changes in UPSAMPLINGS.items()
+}
 
 
-def spread(generator: Generator) -> tuple[float, float]:
-    """How many frames before its start, and after its end, a frame of the mel is heard."""
-    frame = max(generator.receptive_field) + 1
-    mel = torch.zeros(1, generator.conv_pre.in_channels, 2 * frame + 1)
-    mel[:, :, frame] = math.nan
-    (samples,) = generator(mel)[0, 0].isnan().nonzero(as_tuple=True)
-    first, stop = int(samples[0]), int(samples[-1]) + 1
-    return frame - first / generator.hop_size, stop / generator.hop_size - (frame + 1)
+def dependence(compute, num_mels: int, rate: int, frames: int) -> tuple[int, int]:
+    """Returns how many frames before and after its own an output of `compute` depends on.
+
+    `compute` maps a mel to [1, C, T * rate]. A NaN in one frame reaches all that depends on it.
+    """
+    mel = torch.zeros(1, num_mels, 2 * frames + 1)
+    mel[:, :, frames] = math.nan
+    reached = compute(mel)[0, 0].isnan().nonzero()
+    return int(reached.max()) // rate - frames, frames - int(reached.min()) // rate
 
 
-@pytest.mark.parametrize(
-    ("config", "fusion", "changes"),
-    [
-        *((*fusion, UPSAMPLINGS["shipped"]) for fusion in FUSIONS.values()),
-        *(("config_v2.json", {}, each) for each in UPSAMPLINGS.values()),
-    ],
-)
-def test_a_frame_is_heard_as_far_as_the_receptive_field_says(config, fusion, changes, tmp_path):
-    generator = Generator(toy_config(tmp_path, config, **fusion, **changes))
-    back, ahead = spread(generator)
-    # A sample hears frames to its right by as much as a frame is heard to its left.
-    assert (math.ceil(ahead), math.ceil(back)) == generator.receptive_field
+@each(UPSAMPLING_GENERATORS)
+def test_a_sample_depends_on_the_frames_of_the_receptive_field(config, changes, tmp_path):
+    generator = Generator(toy_config(tmp_path, config, **changes))
+    frames = max(generator.receptive_field) + 1
+    field = dependence(generator, num_mels=80, rate=generator.hop_size, frames=frames)
+    assert field == generator.receptive_field
 
 
 def test_the_receptive_field_of_v2_is_13_frames_to_each_side(tmp_path):
-    generator = Generator(toy_config(tmp_path, "config_v2.json"))
-    assert generator.receptive_field == (13, 13)
-    assert spread(generator) == pytest.approx((12.73, 12.73), abs=0.01)
+    assert Generator(toy_config(tmp_path, "config_v2.json")).receptive_field == (13, 13)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_a_convolution_with_lookahead_is_the_symmetric_one_delayed(lookahead):
+    symmetric, delayed = (conv1d(4, 6, 5, dilation=2, lookahead=n) for n in (None, lookahead))
+    delayed.load_state_dict(symmetric.state_dict())
+    x, delay = torch.randn(2, 4, 30), 4 - lookahead
+    torch.testing.assert_close(delayed(x)[:, :, delay:], symmetric(x)[:, :, :-delay])
 
 
 @pytest.mark.parametrize(
-    ("config", "changes", "expected"),
+    ("changes", "before", "after"),
+    [({}, 3 + 2 * 24, 3 + 2 * 24), *(({"lookahead_frames": n}, 103 - n, n - 1) for n in (1, 3, 7))],
+)
+def test_of_the_lookahead_frames_all_but_one_are_of_the_features(changes, before, after, tmp_path):
+    """conv_pre depends on them and the blocks on none. test_harmonic.py tests the refiner's one."""
+    generator = Generator(toy_config(tmp_path, FRAME_RATE, **changes))
+    assert dependence(generator.features, num_mels=80, rate=1, frames=110) == (before, after)
+
+
+# -------------------------------------------------------------------------------------- generator
+
+
+@pytest.mark.parametrize(
+    ("config", "merge", "expected"),
     [
-        ("config_v1.json", {}, 8_960_417),
-        ("config_v1.json", {"misr_merge": "conv"}, 9_222_017),
-        ("config_v2.json", {}, 614_825),
-        ("config_v2.json", {"misr_merge": "conv"}, 631_265),
-        ("configs/hifigan_v1.json", {}, 13_926_017),
-        ("configs/hifigan_v2.json", {}, 925_985),
-        ("configs/hifigan_v3.json", {}, 1_462_273),
+        ("config_v1.json", "mean", 8_960_417),
+        ("config_v1.json", "conv", 9_222_017),
+        ("config_v2.json", "mean", 614_825),
+        ("config_v2.json", "conv", 631_265),
+        ("configs/hifigan_v1.json", "mean", 13_926_017),
+        ("configs/hifigan_v2.json", "mean", 925_985),
+        ("configs/hifigan_v3.json", "mean", 1_462_273),
     ],
 )
-def test_parameter_counts(config, changes, expected, tmp_path):
-    full_size = load_config(ROOT / config).upsample_initial_channel
-    h = toy_config(tmp_path, config, upsample_initial_channel=full_size, **changes)
+def test_parameter_counts(config, merge, expected):
     with torch.device("meta"):
-        generator = Generator(h)
-    generator.remove_weight_norm()
+        generator = Generator(replace(load_config(ROOT / config), misr_merge=merge))
     assert count(generator) == expected
 
 
-def test_discriminator_parameter_counts():
-    h = load_config(ROOT / "config_v1.json")
-    with torch.device("meta"):
-        discriminators = Discriminators(h)
-    gains = sum(
-        p.numel() for name, p in discriminators.named_parameters() if name.endswith("original0")
-    )
-    assert count(discriminators) - gains == 41_092_165 + 29_610_627
-
-
 @pytest.mark.parametrize("config", ALL_CONFIGS, ids=lambda path: path.stem)
-def test_generator_makes_hop_size_samples_a_frame(config, tmp_path):
+def test_a_frame_becomes_hop_size_samples(config, tmp_path):
     h = toy_config(tmp_path, config, upsample_initial_channel=32)
     generator = Generator(h)
     for frames in (1, 2, 33):
-        wav = generator(torch.randn(2, h.num_mels, frames))
+        mel = torch.randn(2, h.num_mels, frames)
+        wav = generator(mel)
         assert wav.shape == (2, 1, frames * h.hop_size)
-        assert wav.abs().max() <= 1 or generator.head is not None
+        assert generator.features(mel).shape[1] == generator.head.in_channels
 
 
-@pytest.mark.parametrize(
-    ("config", "merge"), [("config_v2.json", "conv"), ("configs/hifigan_v3.json", "mean")]
-)
-def test_remove_weight_norm_is_complete_and_changes_nothing(config, merge, tmp_path):
-    h = toy_config(tmp_path, config, misr_merge=merge)
-    generator = randomise(Generator(h).double())
-    mel = torch.randn(1, h.num_mels, 9, dtype=torch.float64)
-    before = generator(mel)
+@each(GENERATORS | {"look-ahead": (FRAME_RATE, {"lookahead_frames": 3})})
+def test_remove_weight_norm_is_complete_and_keeps_the_function(config, changes, tmp_path):
+    generator = randomise(Generator(toy_config(tmp_path, config, **changes)).double())
+    mel = torch.randn(1, 80, 9, dtype=torch.float64)
+    before = generator.features(mel)
     generator.remove_weight_norm()
-    torch.testing.assert_close(generator(mel), before, rtol=0, atol=1e-10)
+    torch.testing.assert_close(generator.features(mel), before, rtol=1e-10, atol=1e-10)
     assert not any("parametrizations" in key for key in generator.state_dict())
 
 
-@pytest.mark.parametrize("config", ["config_v2.json", "configs/hifigan_v2.json"])
-def test_effective_initialisation(config):
-    """The standard deviations of the weights that a first forward really uses."""
-    h = load_config(ROOT / config)
-    generator = Generator(h)
-    generator(torch.randn(1, h.num_mels, 2))
-    for name, module in generator.named_modules():
-        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            continue
-        weight = module.weight.detach()
-        fan_in = weight[0].numel()
-        expected = (1 / 3 / fan_in) ** 0.5  # PyTorch's default: uniform up to 1 / sqrt(fan_in)
-        if h.uses_misr and ".resblock." in name:
-            expected = 0.01
-        if name.endswith("input_conv"):
-            C = weight.shape[1]
-            weight = weight.squeeze(-1) - torch.eye(C).repeat(h.resblock_num, 1)
-            expected = 0.5 / C**0.5
-            assert not module.bias.any()
-        assert float(weight.std()) == pytest.approx(expected, rel=0.25), name
-
-
-def test_misr_starts_near_the_identity():
-    misr = MISR(64, 3, 11, (1, 3, 5), "mean")
-    x = torch.randn(1, 64, 200)
-    correlation = torch.corrcoef(torch.stack([misr(x).flatten(), x.flatten()]))[0, 1]
-    assert correlation > 0.9
-
-
-def test_bf16_waveforms_leave_the_generator_in_fp32(tmp_path):
-    h = toy_config(tmp_path)
-    generator = Generator(h)
-    seen = []
-    generator.ups[0].register_forward_hook(lambda _, __, y: seen.append(y.dtype))
+@pytest.mark.parametrize("config", ["config_v2.json", "configs/istft_v2.json", FRAME_RATE])
+def test_under_autocast_the_last_layer_and_the_head_compute_in_fp32(config, tmp_path):
+    h = toy_config(tmp_path, config)
+    generator, dtypes = Generator(h), []
+    for module in (generator.conv_pre, generator.resblocks[0], generator.conv_post):
+        module.register_forward_hook(lambda _, __, y: dtypes.append(y.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wav = generator(torch.randn(1, h.num_mels, 3))
-    assert (seen, wav.dtype) == ([torch.bfloat16], torch.float32)
-
-
-# ------------------------------------------------------------------- HiFi-GAN's weights and layout
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert wav.dtype == torch.float32
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-def test_hifigan_generator_files_load(tmp_path, version):
+def test_hifigans_generator_is_reproduced(tmp_path, version):
     h = toy_config(tmp_path, f"configs/hifigan_{version}.json")
-    original = randomise(textbook.TextbookGenerator(h).double())
+    original = randomise(reference.TextbookGenerator(h).double())
     generator = Generator(h).double()
     load_weights(generator, original.state_dict(), "")
     mel = torch.randn(2, h.num_mels, 12, dtype=torch.float64)
     torch.testing.assert_close(generator(mel), original(mel), rtol=0, atol=1e-10)
 
 
+# ------------------------------------------------------------------------------------- iSTFT head
+
+
+def torch_istft(x: torch.Tensor, n_fft: int, hop_size: int) -> torch.Tensor:
+    """Returns torch.istft of log magnitudes and phases [B, n_fft + 2, F] as [B, 1, N]."""
+    log_magnitude, phase = x.chunk(2, dim=1)
+    spectrum = torch.polar(log_magnitude.exp(), phase.sin())
+    window = torch.hann_window(n_fft, dtype=x.dtype)
+    return torch.istft(spectrum, n_fft, hop_size, window=window).unsqueeze(1)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 65])
+@pytest.mark.parametrize(("n_fft", "hop_size"), [(16, 4), (16, 8), (20, 5), (8, 1)])
+def test_the_istft_head_equals_torch_istft(n_fft, hop_size, frames):
+    head = ISTFTHead(n_fft, hop_size).double()
+    x = 0.5 * torch.randn(3, n_fft + 2, frames, dtype=torch.float64)
+    x.requires_grad_()
+    wav, expected = head(x, mel=None), torch_istft(x, n_fft, hop_size)
+    assert wav.shape == (3, 1, (frames - 1) * hop_size)
+    assert_same_gradients(wav, expected, [x], rtol=1e-6)  # the head's buffers are float32
+
+
+def test_the_largest_magnitude_is_eight_times_that_of_full_scale():
+    """The loudest waveforms are full-scale tones at the frequencies of the bins."""
+    n_fft, time = 16, torch.arange(400, dtype=torch.float64)
+    wavs = torch.stack([torch.cos(2 * math.pi * k * time / n_fft) for k in range(n_fft // 2 + 1)])
+    window = torch.hann_window(n_fft, dtype=torch.float64)
+    magnitude = torch.stft(wavs, n_fft, 4, window=window, return_complex=True).abs().max()
+    limit = math.exp(ISTFTHead(n_fft, 4).max_log_magnitude)
+    assert limit == pytest.approx(8 * float(magnitude), rel=0.01)
+
+
+@pytest.mark.parametrize("value", [60.0, 1e30])
+def test_overflowing_magnitudes_give_finite_samples_and_gradients(value):
+    x = torch.full((1, 18, 9), value, requires_grad=True)
+    wav = ISTFTHead(16, 4)(x, mel=None)
+    wav.square().sum().backward()
+    assert wav.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+# --------------------------------------------------------------------------------- discriminators
+
+
+def test_discriminators_have_hifigans_parameter_counts():
+    with torch.device("meta"):
+        discriminators = Discriminators(load_config(ROOT / "config_v1.json"))
+    assert (count(discriminators.mpd), count(discriminators.msd)) == (41_092_165, 29_610_627)
+
+
 @pytest.mark.parametrize("length", [2049, 777])
 @pytest.mark.parametrize(
-    ("ours", "by_the_book"),
+    ("kind", "reference_kind"),
     [
-        (MultiPeriodDiscriminator, textbook.MultiPeriod),
-        (MultiScaleDiscriminator, textbook.MultiScale),
+        (MultiPeriodDiscriminator, reference.MultiPeriod),
+        (MultiScaleDiscriminator, reference.MultiScale),
     ],
 )
-def test_discriminators_equal_the_textbook(ours, by_the_book, length, tmp_path):
-    """Old key names; lengths that no period divides; scores, features and their shapes."""
+def test_discriminators_equal_hifigans(kind, reference_kind, length, tmp_path):
+    """Scores, features and their shapes, for lengths that no period divides."""
     h = toy_config(tmp_path, discriminator_channel_mult=0.05)
-    original = by_the_book(h.discriminator_channel_mult).double().eval()
-    discriminator = ours(h).double().eval()
+    original = reference_kind(h.discriminator_channel_mult).double().eval()
+    discriminator = kind(h).double().eval()
     load_weights(discriminator, original.state_dict(), "")
     wav = torch.randn(2, 1, length, dtype=torch.float64)
-    scores, features = discriminator(wav)
-    for ours, (theirs, _) in zip(
-        zip(scores, features, strict=True), original(wav, wav), strict=True
-    ):
-        for a, b in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    results = zip(*discriminator(wav), strict=True)
+    for (score, features), (expected, _) in zip(results, original(wav, wav), strict=True):
+        for ours, theirs in zip([score, *features], [expected[0], *expected[1]], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_old_and_new_spectral_norm_train_alike(tmp_path):
-    """Gradients through a frozen power iteration are the same."""
+def test_spectral_norm_has_the_gradients_of_its_old_form(tmp_path):
     h = toy_config(tmp_path)
-    original = textbook.MultiScale(h.discriminator_channel_mult).double().eval()
+    original = reference.MultiScale(h.discriminator_channel_mult).double().eval()
     discriminator = MultiScaleDiscriminator(h).double().eval()
     load_weights(discriminator, original.state_dict(), "")
     wav = torch.randn(1, 1, 2048, dtype=torch.float64)
-    ours, theirs = discriminator(wav)[0][0], original(wav, wav)[0][0][0]
-    for scores in (ours, theirs):
+    for scores in (discriminator(wav)[0][0], original(wav, wav)[0][0][0]):
         scores.square().sum().backward()
     weight = discriminator.discriminators[0].convs[1].parametrizations.weight.original
     expected = original.discriminators[0].convs[1].weight_orig
     torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-9, atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------- losses
+def test_discriminators_return_the_scales_before_the_periods(tmp_path):
+    discriminators, wav = Discriminators(toy_config(tmp_path)).eval(), torch.randn(1, 1, 2048)
+    scores, features = discriminators(wav)
+    expected = [x for part in (discriminators.msd, discriminators.mpd) for x in part(wav)[0]]
+    assert len(scores) == len(features) == 8
+    for ours, theirs in zip(scores, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-def test_losses_equal_their_formulas():
-    real, fake = [[torch.randn(2, 5), torch.randn(2, 9)] for _ in range(2)]
-    expected = sum(((r - 1) ** 2).mean() + (f**2).mean() for r, f in zip(real, fake, strict=True))
-    torch.testing.assert_close(models.discriminator_loss(real, fake), expected)
-    expected = sum(((f - 1) ** 2).mean() for f in fake)
-    torch.testing.assert_close(models.generator_loss(fake), expected)
-    real, fake = [[[torch.randn(2, 3, 4)], [torch.randn(1), torch.randn(5)]] for _ in range(2)]
-    expected = sum(
-        (r - f).abs().mean()
-        for rs, fs in zip(real, fake, strict=True)
-        for r, f in zip(rs, fs, strict=True)
-    )
-    torch.testing.assert_close(models.feature_loss(real, fake), expected)
-
-
-def test_losses_of_unequal_lists_are_refused():
-    with pytest.raises(ValueError):
-        models.feature_loss([[torch.ones(1)]], [[torch.ones(1), torch.ones(1)]])
-
-
-def test_mrf_is_the_mean_of_its_blocks():
-    blocks = [randomise(ResBlock2(4, 3, (1, 2))), randomise(ResBlock2(4, 5, (1, 3)))]
-    x = torch.randn(1, 4, 20)
-    expected = (blocks[0](x) + blocks[1](x)) / 2
-    torch.testing.assert_close(models.mrf(blocks, x), expected)
+def test_a_config_without_discriminators_gives_them_no_parameters(tmp_path):
+    h = toy_config(tmp_path, discriminator_train_start_steps=None)
+    assert count(Discriminators(h)) == 0

@@ -1,7 +1,4 @@
-"""Extreme mels, sounds and weights: finite sound within its bounds, or one line that says why not.
-
-Growth over many training steps is measured by tools/stress/soak.py, by hand.
-"""
+"""Extreme mels, sounds and weights give finite sound within bounds, or a one-line error."""
 
 from pathlib import Path
 
@@ -13,31 +10,27 @@ import torch
 import inference
 import inference_e2e
 from audio import load_wav
-from checkpoint import NEVER, build_state
 from env import load_config
 from inference import load_generator, synthesize
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
 from models import Generator
-from tools.stress.soak import soak
-from tools.toy import run_main, save_checkpoint, speech_like, toy_config, write_config
+from tools.toy import run_main, save_checkpoint, toy_config, write_config
 
 CONFIGS = {
     "MISR": "config_v2.json",
     "MRF": "configs/hifigan_v2.json",
     "iSTFT": "configs/istft_v2.json",
 }
-LARGEST_ISTFT = 50  # of an iSTFT head, whose magnitudes are clamped; files are in any case
-
+LARGEST_ISTFT = 50  # the magnitudes of an iSTFT head are clamped
+FRAMES = 30
 random = torch.Generator().manual_seed(0)
 EXTREMES = {
-    "silence": torch.full((80, 30), -11.5),
-    "loud": torch.full((80, 30), 5.0),
-    "random within 50": torch.rand(80, 30, generator=random) * 100 - 50,
-    "1e4": torch.full((80, 30), 1e4),
-    "-1e4": torch.full((80, 30), -1e4),
-    "1e30": torch.full((80, 30), 1e30),
-    "a giant each frame": 1e4 * torch.eye(80, 30),
-    "denormal": torch.full((80, 30), 1e-40),
+    "silence": torch.full((80, FRAMES), -11.5),
+    "random within 50": torch.rand(80, FRAMES, generator=random) * 100 - 50,
+    "1e30": torch.full((80, FRAMES), 1e30),
+    "-1e4": torch.full((80, FRAMES), -1e4),
+    "one giant in each frame": 1e4 * torch.eye(80, FRAMES),
+    "denormal": torch.full((80, FRAMES), 1e-40),
 }
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 
@@ -57,7 +50,7 @@ def checkpoint(request, tmp_path) -> Path:
 
 @pytest.fixture
 def misr(tmp_path) -> Path:
-    """The g_ file of one of them, for what does not depend on the model."""
+    """A toy g_ file, for what does not depend on the model."""
     return new_checkpoint(tmp_path, "config_v2.json")
 
 
@@ -76,28 +69,26 @@ def test_extreme_mels_give_finite_sound_within_bounds(checkpoint, precision, tmp
     (tmp_path / "in").mkdir()
     for name, mel in EXTREMES.items():
         wav = synthesize(generator, mel)
-        assert wav.shape == (30 * h.hop_size,)
-        assert wav.isfinite().all()
+        assert wav.shape == (FRAMES * h.hop_size,) and wav.isfinite().all()
         assert wav.abs().max() <= (LARGEST_ISTFT if h.uses_istft else 1), name
         np.save(tmp_path / f"in/{name}.npy", mel)
     flags = ("--precision", precision, "--batch_size", 3)
     assert vocode(checkpoint, tmp_path / "in", tmp_path / "out", *flags) == 0
     for name in EXTREMES:
         wav, _ = soundfile.read(tmp_path / f"out/{name}_generated_e2e.wav")
-        assert len(wav) == 30 * h.hop_size
-        assert np.abs(wav).max() < 1
+        assert len(wav) == FRAMES * h.hop_size and np.abs(wav).max() < 1
 
 
 @pytest.mark.filterwarnings("error")  # a warning would be a second line
 @pytest.mark.parametrize("value", [*NOT_FINITE, 1e39])
 def test_a_mel_file_with_one_value_that_is_not_finite_is_skipped(misr, value, tmp_path, capsys):
-    mel = np.zeros((80, 30))
+    mel = np.zeros((80, FRAMES))
     mel[11, 7] = value
     np.save(tmp_path / "a.npy", mel)
     assert vocode(misr, tmp_path / "a.npy", tmp_path / "out") == 1
     assert not (tmp_path / "out").exists()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"skipped: {tmp_path / 'a.npy'}: holds values that are NaN or infinite"
+    assert line.startswith(f"skipped: {tmp_path / 'a.npy'}: ") and "NaN or infinite" in line
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)
@@ -105,10 +96,10 @@ def test_weights_that_are_not_finite_write_nothing(checkpoint, value, tmp_path, 
     weights = Generator(load_config(checkpoint.with_name("config.json"))).state_dict()
     weights["conv_pre.bias"][3] = value
     save_checkpoint(checkpoint, {"generator": weights})
-    np.save(tmp_path / "a.npy", np.zeros((80, 30)))
+    np.save(tmp_path / "a.npy", np.zeros((80, FRAMES)))
     assert vocode(checkpoint, tmp_path / "a.npy", tmp_path / "out") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the waveform is not finite; is the checkpoint good?" in line
+    assert "the waveform is not finite" in line
     assert list((tmp_path / "out").glob("*")) == []
 
 
@@ -116,46 +107,28 @@ def test_the_mel_of_any_sound_is_finite_and_has_a_floor(tmp_path):
     h = toy_config(tmp_path)
     log_mel = LogMelSpectrogram(h, h.fmax)
     for wav in (
-        torch.zeros(5000),
         torch.full((5000,), 1e-40),
         torch.ones(5000),
         torch.tensor([1.0, -1.0]).repeat(2500),
         torch.eye(1, 5000)[0],
     ):
         mel = log_mel(wav[None])
-        assert mel.isfinite().all()
-        assert mel.min() >= SILENT_LOG_MEL - 1e-4
-        assert mel.max() < 10
+        assert mel.isfinite().all() and mel.min() >= SILENT_LOG_MEL - 1e-4 and mel.max() < 10
 
 
-def test_digital_silence_has_the_mel_with_which_shorter_clips_are_padded(tmp_path):
-    """So that a generator hears the same silence in files, in training and in a batch."""
+def test_digital_silence_has_the_mel_that_pads_shorter_clips(tmp_path):
+    """Silence has the same mel in files, in training and in a batch."""
     h = toy_config(tmp_path)
     soundfile.write(tmp_path / "a.wav", np.zeros(44100), 22050)
     mel = LogMelSpectrogram(h, h.fmax)(load_wav(tmp_path / "a.wav", 22050)[None])
     assert (mel - SILENT_LOG_MEL).abs().max() < 1e-4
 
 
-def test_silence_in_gives_one_steady_sound_out(checkpoint, tmp_path):
-    """Whatever the weights say of silence, they say it everywhere: nothing drifts or rings."""
-    soundfile.write(tmp_path / "a.wav", np.zeros(44100), 22050)
-    flags = ("--chunk_frames", 50)
+def test_a_silent_file_gives_the_same_sound_in_every_frame(checkpoint, tmp_path):
+    """Nothing drifts or rings, whatever the sound of random weights for silence."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(22050), 22050)
+    flags = ("--chunk_frames", 30)
     assert vocode(checkpoint, tmp_path / "a.wav", tmp_path / "out", *flags, module=inference) == 0
     wav, _ = soundfile.read(tmp_path / "out/a_generated.wav")
     hops = wav.reshape(-1, 256)[20:-20]
     assert np.abs(hops - hops[0]).max() <= 1 / 32767
-
-
-@pytest.mark.parametrize("level", [1e-6, 1.0])
-def test_any_level_of_sound_is_vocoded(misr, level, tmp_path):
-    soundfile.write(tmp_path / "a.wav", level * speech_like(0.3), 22050, subtype="FLOAT")
-    assert vocode(misr, tmp_path / "a.wav", tmp_path / "out", module=inference) == 0
-
-
-def test_noise_can_be_trained_on(tmp_path):
-    """A few steps of tools/stress/soak.py, which is run by hand for thousands."""
-    state = build_state(toy_config(tmp_path), torch.device("cpu"), "bf16")
-    seen = soak(state, steps=4, interval=2)
-    assert [step for step, _ in seen] == [2, 4]
-    assert all(2**20 < size < 2**40 for _, size in seen)
-    assert int(state.first_bad_step) == NEVER

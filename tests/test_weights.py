@@ -1,4 +1,4 @@
-"""Weights in and out: of whoever wrote them, for whoever reads them; and the shipped ones speak."""
+"""Weights of the whole family load; saved ones load in HiFi-GAN; the shipped ones synthesize."""
 
 import argparse
 import copy
@@ -21,16 +21,15 @@ from inference import load_generator, synthesize
 from meldataset import LogMelSpectrogram
 from models import Generator
 from tests.conftest import new_checkpoint, random_mel
-from tools import convert
 from tools import hifigan_reference as textbook
 from tools.hifigan_reference import weight_norm
 from tools.toy import ROOT, run_main, save_checkpoint, toy_config, write_config
-from weights import load_weights, to_hifigan_names
+from weights import generator_weights, load_checkpoint, load_weights, to_hifigan_names
 
 MRF_CONFIG = "configs/hifigan_v2.json"
 CPU = torch.device("cpu")
 
-# -------------------------------------------------------------------------------------- the way in
+# --------------------------------------------------------------------------------------- loading
 
 
 class YChansGenerator(nn.Module):
@@ -97,10 +96,9 @@ def assert_same_speech(ours: nn.Module, theirs: nn.Module) -> None:
     torch.testing.assert_close(*wavs, rtol=0, atol=1e-6 * peak)
 
 
-@pytest.mark.parametrize("config", ["config_v1.json", "config_v2.json"])
 @pytest.mark.parametrize("merge", [None, "mean", "conv"])
-def test_y_chans_weights_speak_and_prove_that_they_merge_by_conv(config, merge, tmp_path, capsys):
-    path = write_config(tmp_path / "config.json", config, misr_merge=merge)
+def test_y_chans_weights_load_and_are_merged_by_conv(merge, tmp_path, capsys):
+    path = write_config(tmp_path / "config.json", misr_merge=merge)
     theirs = old_generator(YChansGenerator, load_config(path))
     torch.save({"generator": theirs.state_dict()}, tmp_path / "g_00000001")
     ours, h = load_generator(tmp_path / "g_00000001")
@@ -111,7 +109,7 @@ def test_y_chans_weights_speak_and_prove_that_they_merge_by_conv(config, merge, 
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-def test_hifigans_weights_speak(version, tmp_path):
+def test_hifigans_weights_load(version, tmp_path):
     path = write_config(tmp_path / "config.json", f"configs/hifigan_{version}.json")
     theirs = old_generator(textbook.TextbookGenerator, load_config(path))
     torch.save({"generator": theirs.state_dict()}, tmp_path / "g_00000001")
@@ -126,25 +124,42 @@ OTHERS = {"discriminator.convs.0.weight": torch.ones(3)}
 CONTAINERS = {
     "bare": lambda w: w,
     "state_dict": lambda w: {"state_dict": w, "epoch": 3},
+    "model_state_dict": lambda w: {"model_state_dict": w, "optimizer_state_dict": {}},
+    "net_g": lambda w: {"net_g": w, "net_d": OTHERS},
+    "ema": lambda w: {"ema": prefixed("net_g.", w)},
     "model.generator": lambda w: {"model": {"generator": w, "discriminator": OTHERS}},
-    "module.": lambda w: {"generator": prefixed("module.", w)},
-    "_orig_mod.": lambda w: {"generator": prefixed("_orig_mod.", w)},
     "three prefixes": lambda w: {"model": prefixed("generator.module._orig_mod.", w)},
     "beside others": lambda w: {"state_dict": prefixed("generator.", w) | OTHERS},
 }
 
 
 @pytest.mark.parametrize("contain", CONTAINERS.values(), ids=CONTAINERS)
-def test_weights_speak_from_any_container(contain, tmp_path):
+def test_weights_are_found_in_any_container(contain, tmp_path):
     checkpoint = new_checkpoint(tmp_path)
     expected, mel = load_generator(checkpoint)[0], random_mel(9)
     torch.save(contain(torch.load(checkpoint)["generator"]), checkpoint)
     assert torch.equal(synthesize(load_generator(checkpoint)[0], mel), synthesize(expected, mel))
 
 
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        ({"params": {"conv_pre.bias": torch.ones(3)}, "epoch": 1}, "its keys are params, epoch"),
+        ({"model": OTHERS}, "its keys are discriminator.convs.0.weight"),
+        ({f"k{i}": 0 for i in range(99)}, "its keys are k0, k1, k2, k3, k4, k5, k6, k7"),
+        ({"state_dict": {}}, "its keys are state_dict"),
+        ({"mpd": {}, "optim_g": {}}, "take the g_* file beside it"),
+    ],
+)
+def test_a_file_without_a_generator_is_refused_and_its_keys_are_named(contents, said):
+    with pytest.raises(UserError, match=r"^a\.pth: holds no generator; ") as error:
+        generator_weights(contents, "a.pth")
+    assert str(error.value).endswith(said)
+
+
 @pytest.mark.parametrize("config", ["config_v2.json", MRF_CONFIG, "configs/istft_v2.json"])
-def test_weights_speak_in_any_form(config, tmp_path):
-    """Those of this repository's earlier versions, folded ones, and half precision."""
+def test_weights_load_in_any_form(config, tmp_path):
+    """Of this repository's earlier versions, without weight norm, and in half precision."""
     checkpoint = new_checkpoint(tmp_path, config)
     generator, h = load_generator(checkpoint)
     normalised = Generator(h)
@@ -170,19 +185,12 @@ def test_weights_speak_in_any_form(config, tmp_path):
         assert torch.equal(synthesize(loaded, mel), synthesize(rounded, mel))
 
 
-@pytest.mark.parametrize(
-    ("thing", "name"),
-    [(np.float64(0.5), "numpy"), (argparse.Namespace(lr=1), "argparse.Namespace")],
-    ids=["numpy", "Namespace"],
-)
-def test_python_objects_are_named_and_never_loaded(thing, name, tmp_path):
-    checkpoint = new_checkpoint(tmp_path)
-    torch.save(torch.load(checkpoint) | {"about": thing}, checkpoint)
+def test_python_objects_are_named_and_never_loaded(tmp_path):
+    torch.save({"generator": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "g_00000001")
     with pytest.raises(UserError) as error:
-        load_generator(checkpoint)
-    said = f"{checkpoint}: holds Python objects ({name}"
-    assert str(error.value).startswith(said)
-    assert str(error.value).endswith("), which are never loaded; save the weights alone")
+        load_checkpoint(tmp_path / "g_00000001")
+    begin = f"{tmp_path}/g_00000001: holds Python objects (argparse.Namespace), which are never "
+    assert str(error.value).startswith(begin)
 
 
 def test_a_run_of_y_chans_port_resumes(tmp_path, capsys):
@@ -205,11 +213,11 @@ def test_a_run_of_y_chans_port_resumes(tmp_path, capsys):
         resume(state, tmp_path)
 
 
-# ------------------------------------------------------------------------------------- warm starts
+# ----------------------------------------------------------------------------------- warm starts
 
 
 @pytest.mark.parametrize("prefix", ["", "generator.module."])
-def test_misr_takes_what_it_shares_with_an_mrf_generator(prefix, tmp_path, capsys):
+def test_misr_starts_from_the_shared_layers_of_an_mrf_generator(prefix, tmp_path, capsys):
     h = toy_config(tmp_path)
     mrf_h = toy_config(tmp_path, MRF_CONFIG)
     theirs = old_generator(textbook.TextbookGenerator, mrf_h)
@@ -234,17 +242,7 @@ def test_misr_takes_what_it_shares_with_an_mrf_generator(prefix, tmp_path, capsy
         assert f"resblocks.{len(before) - 1}.input_conv" in said
 
 
-def test_a_warm_start_from_y_chans_weights_takes_all_of_them(tmp_path, capsys):
-    h = toy_config(tmp_path, misr_merge="conv")
-    theirs = old_generator(YChansGenerator, h)
-    torch.save({"generator": theirs.state_dict()}, tmp_path / "g_00000001")
-    state = build_state(h, CPU)
-    warm_start(state, [tmp_path / "g_00000001"])
-    assert "not taken" not in capsys.readouterr().out
-    assert_same_speech(state.generator, theirs)
-
-
-def test_a_warm_start_that_takes_no_layer_is_an_error(tmp_path):
+def test_a_warm_start_without_a_matching_layer_is_an_error(tmp_path):
     wide = old_generator(
         textbook.TextbookGenerator, toy_config(tmp_path, MRF_CONFIG, upsample_initial_channel=32)
     )
@@ -253,11 +251,11 @@ def test_a_warm_start_that_takes_no_layer_is_an_error(tmp_path):
         warm_start(build_state(toy_config(tmp_path), CPU), [tmp_path / "g_00000001"])
 
 
-# ------------------------------------------------------------------------------------- the way out
+# ---------------------------------------------------------------------------------------- saving
 
 
-def test_what_is_saved_loads_strictly_into_modules_of_the_old_kind(tmp_path):
-    """As HiFi-GAN's own scripts load it: old weight norm, old spectral norm, its names."""
+def test_saved_weights_load_strictly_into_hifigans_modules(tmp_path):
+    """With the old weight norm and spectral norm, under HiFi-GAN's names."""
     h = toy_config(tmp_path, MRF_CONFIG)
     state = build_state(h, CPU)
     loud = old_generator(textbook.TextbookGenerator, h)
@@ -280,8 +278,8 @@ def test_what_is_saved_loads_strictly_into_modules_of_the_old_kind(tmp_path):
 
 
 @pytest.mark.parametrize("config", ["config_v2.json", "configs/istft_v2.json"])
-def test_other_generators_have_the_old_names_too(config, tmp_path):
-    """Also where weight norm was removed."""
+def test_misr_and_istft_weights_are_saved_with_weight_norm(config, tmp_path):
+    """Also if weight norm was removed."""
     generator = Generator(toy_config(tmp_path, config))
     convs = [name for name, m in generator.named_modules() if isinstance(m, nn.Conv1d)]
     convs += [f"ups.{i}" for i in range(len(generator.ups))]
@@ -297,7 +295,7 @@ def test_other_generators_have_the_old_names_too(config, tmp_path):
             torch.testing.assert_close(weight, generator.get_submodule(name).weight.detach())
 
 
-# ------------------------------------------------------------------------- what must not change
+# --------------------------------------------------------------------------------------- golden
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CONFIGS = {
@@ -325,7 +323,7 @@ def golden_checkpoint(folder: Path, config: str, changes: dict) -> Path:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
-def test_folded_weights_of_any_value_are_taken_as_they_are(value):
+def test_weights_that_are_zero_or_not_finite_are_kept(value):
     folded, normed = (torch.nn.Sequential(torch.nn.Conv1d(4, 4, 3)) for _ in range(2))
     torch.nn.init.constant_(folded[0].weight, value)
     torch.nn.utils.parametrizations.weight_norm(normed[0])
@@ -334,30 +332,9 @@ def test_folded_weights_of_any_value_are_taken_as_they_are(value):
     torch.testing.assert_close(direction, folded[0].weight, equal_nan=True)
 
 
-def test_a_file_is_not_converted_onto_itself(tmp_path):
-    path = new_checkpoint(tmp_path)
-    before, folder = path.read_bytes(), f"{tmp_path}/../{tmp_path.name}"
-    with pytest.raises(UserError, match="name another folder"):
-        run_main(convert, "--checkpoint_file", path, "--output_dir", folder)
-    assert path.read_bytes() == before
-
-
-def test_a_file_is_not_converted_into_a_folder_of_another_generator(tmp_path):
-    first = new_checkpoint(tmp_path / "first")
-    second = new_checkpoint(tmp_path / "second", resblock_num=2)
-    (tmp_path / "shipped").mkdir()
-    flags = ("--output_dir", tmp_path / "shipped")
-    for _ in range(2):
-        run_main(convert, "--checkpoint_file", first, *flags)
-    (tmp_path / "shipped/g_00000001").unlink()
-    with pytest.raises(UserError, match=r"shipped/config\.json: of another generator; name"):
-        run_main(convert, "--checkpoint_file", second, *flags)
-    assert [path.name for path in (tmp_path / "shipped").iterdir()] == ["config.json"]
-
-
-@pytest.mark.parametrize("std", [0.003, 0.1, 3.0])
-def test_a_first_step_from_folded_weights_changes_them_little(std):
-    """As from HiFi-GAN's own; and the weight is the same, bit for bit."""
+@pytest.mark.parametrize("std", [0.003, 3.0])
+def test_a_first_step_after_weight_norm_is_added_changes_weights_little(std):
+    """As little as with HiFi-GAN's own files. The weights are the same bit for bit."""
     folded, again, normed = (torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3)) for _ in range(3))
     torch.nn.init.normal_(folded[0].weight, std=std)
     load_weights(again, to_hifigan_names(folded), "g")
@@ -369,7 +346,7 @@ def test_a_first_step_from_folded_weights_changes_them_little(std):
     optimizer = torch.optim.AdamW([normed[0].parametrizations.weight.original1], 2e-4)
     normed(torch.randn(1, 8, 9)).square().sum().backward()
     optimizer.step()
-    assert float((normed[0].weight - before).norm() / before.norm()) < 0.002
+    assert float((normed[0].weight.detach() - before).norm() / before.norm()) < 0.002
 
 
 @pytest.mark.parametrize("name", GOLDEN_CONFIGS)
@@ -389,9 +366,10 @@ def test_a_stored_mel_gives_the_stored_samples(name, tmp_path):
 
 
 SHIPPED = sorted(folder.parent for folder in ROOT.glob("pretrained/*/config.json"))
+assert SHIPPED
 RECORDING = ROOT / "pretrained/samples/index_files/0001-0.flac"  # LJ003-0140, in no training list
 LARGEST_MEL_L1, LOWEST_PESQ = 0.5, 2.5
-OF_MEASURED = 1.15  # the most that the beginning of a clip may err beside the whole
+OF_MEASURED = 1.15  # the error of the first 2 s of a clip, at most, relative to the whole
 
 
 def measured_error(system: str) -> float:
@@ -410,16 +388,12 @@ def qualities(generator: Generator, h: Config) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-def test_the_shipped_weights_speak_and_random_ones_do_not(folder):
+def test_the_shipped_weights_synthesize_speech_and_random_ones_do_not(folder):
     path = checkpoint_path(folder, "g", checkpoint_steps(folder, "g")[-1])
     generator, h = load_generator(path)
-    spoken = qualities(generator, h)
-    assert spoken["mel_l1"] < min(LARGEST_MEL_L1, OF_MEASURED * measured_error(folder.name))
-    assert spoken["pesq_wb"] > LOWEST_PESQ
-    babble = qualities(Generator(h).eval(), h)
-    assert babble["mel_l1"] > 1.5 * spoken["mel_l1"] and babble["mel_l1"] > LARGEST_MEL_L1
-    assert babble["pesq_wb"] < spoken["pesq_wb"] - 1
-
-
-def test_there_are_shipped_weights():
-    assert SHIPPED
+    trained = qualities(generator, h)
+    assert trained["mel_l1"] < min(LARGEST_MEL_L1, OF_MEASURED * measured_error(folder.name))
+    assert trained["pesq_wb"] > LOWEST_PESQ
+    random = qualities(Generator(h).eval(), h)
+    assert random["mel_l1"] > 1.5 * trained["mel_l1"] and random["mel_l1"] > LARGEST_MEL_L1
+    assert random["pesq_wb"] < trained["pesq_wb"] - 1

@@ -1,11 +1,12 @@
-"""Measures models: size, arithmetic, speed and memory of inference, cost of a training step.
+"""Measures a model: parameters, arithmetic, speed and memory of inference, time of a training step.
 
     python tools/benchmark.py --config config_v1.json config_v2.json
-    python tools/benchmark.py --infer --memory --train --config config_v2.json --output results.json
+    python tools/benchmark.py --infer --stream --memory --train --config config_v2.json
 
-What is compared runs in turns within one process, on random data: our generators beside HiFi-GAN's
-of the same width as plain eager convolutions, our training step beside the textbook's (both from
-tools/hifigan_reference.py). Figures are medians; quote the ratios. For Linux, whose files in /proc it reads.
+--infer compares generators with HiFi-GAN's generator of the same width, --train compares the
+training step with HiFi-GAN's; both references are plain eager PyTorch (tools/hifigan_reference.py).
+All contestants run in turns in one process, on random data. The figures are medians over turns,
+with their range. Ratios depend less on the machine than times do. Linux only: it reads /proc.
 """
 
 import argparse
@@ -14,11 +15,8 @@ import json
 import math
 import multiprocessing
 import os
-import platform
-import re
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
 from checkpoint import build_state
 from distributed import computes_in_bfloat16, select_device, speed_up_cpu
 from env import Config, load_config
-from inference import stream, synthesize, to_inference
+from inference import Streamer, stream, synthesize, to_inference
 from meldataset import LogMelSpectrogram
 from models import Discriminators, Generator
-from tools import hifigan_reference as textbook
+from tools import hifigan_reference
+from tools.tables import MedianRange, Row, machine, median_range, print_table
 from train import training_step
 from utils import (
     atomic_write,
@@ -53,49 +52,46 @@ from utils import (
 )
 
 ROOT = Path(__file__).parents[1]
-MEASURED_FRAMES = 128  # a whole number of hops, from which a second is computed
+MEASURED_FRAMES = 128  # the arithmetic of a second is computed from that of so many frames
+MATMUL_SIZE = 2048
+# HiFi-GAN's config for each width of generator.
+BASELINES = {
+    512: "configs/hifigan_v1.json",
+    256: "configs/hifigan_v3.json",
+    128: "configs/hifigan_v2.json",
+}
+REFERENCE_STEP = "HiFi-GAN, fp32"
+GPU_SECONDS = 15  # for the turns of a row; five rows of one config then take less than two minutes
+CUDNN_SEARCH = 3  # algorithms that cuDNN tries for each convolution; its default takes minutes
 
 
-class Spread(NamedTuple):
-    """A median and its range."""
+class Limits(NamedTuple):
+    """The number of turns, and the seconds after which there are fewer."""
 
-    low: float
-    median: float
-    high: float
-
-
-Row = dict[str, str | int | float | Spread]  # of a table, by column
+    repeats: int
+    seconds: float = math.inf
 
 
 @dataclass
 class Timing:
-    """The seconds of each run of one contestant."""
+    """A function and the seconds that each of its runs took."""
 
     run: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
 
-    def spread(self) -> Spread:
-        """Of the seconds."""
-        return spread_of(self.seconds)
-
-    def speeds(self, audio_seconds: float) -> Spread:
-        """Of the speeds, times real time, where each run makes so much audio."""
-        return spread_of([audio_seconds / seconds for seconds in self.seconds])
-
-
-def spread_of(values: list[float]) -> Spread:
-    """The median of `values` and their range."""
-    return Spread(min(values), statistics.median(values), max(values))
+    def speeds(self, audio_seconds: float) -> MedianRange:
+        """Returns the real-time factors of runs that make `audio_seconds` of audio each."""
+        return median_range([audio_seconds / seconds for seconds in self.seconds])
 
 
 def parameters(module: nn.Module) -> int:
-    """Parameters as one sees them in a paper: without weight norm's gains."""
+    """Counts parameters as papers do: without the gains of weight norm."""
     return sum(p.numel() for name, p in module.named_parameters() if "original0" not in name)
 
 
 @torch.no_grad()
 def macs_per_second(module: nn.Module, h: Config, *inputs: torch.Tensor) -> float:
-    """Multiply-accumulates for a second of audio; `inputs` span MEASURED_FRAMES frames."""
+    """Returns multiply-accumulates per second of audio; `inputs` span MEASURED_FRAMES frames."""
     with FlopCounterMode(display=False) as counter:
         module.eval()(*inputs)
     seconds = MEASURED_FRAMES * h.hop_size / h.sampling_rate
@@ -103,29 +99,48 @@ def macs_per_second(module: nn.Module, h: Config, *inputs: torch.Tensor) -> floa
 
 
 def size_row(config: str) -> Row:
-    """A row of the table of sizes."""
+    """Returns a row of the table of sizes: generator (G) and discriminators (D)."""
     h = load_config(config)
-    generator, mult = Generator(h), h.discriminator_channel_mult
-    generator_macs = macs_per_second(generator, h, torch.zeros(1, h.num_mels, MEASURED_FRAMES))
+    generator = Generator(h)
     with torch.device("meta"):  # counts need no values
         discriminators = Discriminators(h)
-        # Counted on the textbook's, which are not folded; they take a real and a generated one.
-        both = (textbook.MultiPeriod(mult), textbook.MultiScale(mult))
-        by_the_book = both if h.uses_discriminators else ()
-        wav = torch.zeros(1, 1, MEASURED_FRAMES * h.hop_size)
-        discriminator_macs = sum(macs_per_second(each, h, wav, wav) / 2 for each in by_the_book)
     return {
         "config": config,
         "G parameters": parameters(generator),
-        "G GMAC/s": generator_macs / 1e9,
+        "G GMAC/s": generator_macs(h) / 1e9,
         "D parameters": parameters(discriminators),
-        "D GMAC/s": discriminator_macs / 1e9,
+        "D GMAC/s": discriminator_macs(h) / 1e9,
     }
 
 
-def take_turns(contestants: dict[str, Timing], device: torch.device, repeats: int) -> None:
-    """Times every contestant `repeats` times, in turns, after a round to warm up."""
-    for turn in tqdm(range(repeats + 1), disable=None):
+def generator_macs(h: Config) -> float:
+    """Returns the generator's multiply-accumulates per second of audio."""
+    return macs_per_second(Generator(h), h, torch.zeros(1, h.num_mels, MEASURED_FRAMES))
+
+
+def discriminator_macs(h: Config) -> float:
+    """Returns the multiply-accumulates of MPD and MSD per second of audio, 0 without them.
+
+    They are counted on the reference, which takes a real and a generated waveform: hence the half.
+    """
+    if not h.uses_discriminators:
+        return 0
+    with torch.device("meta"):
+        wav = torch.zeros(1, 1, MEASURED_FRAMES * h.hop_size)
+        mult = h.discriminator_channel_mult
+        pair = hifigan_reference.MultiPeriod(mult), hifigan_reference.MultiScale(mult)
+        return sum(macs_per_second(each, h, wav, wav) / 2 for each in pair)
+
+
+def take_turns(contestants: dict[str, Timing], device: torch.device, limits: Limits) -> None:
+    """Times all contestants in turns, after one turn to warm up.
+
+    Takes `limits.repeats` turns, or fewer if these take longer than `limits.seconds`, at least one.
+    """
+    begin = time.perf_counter()
+    for turn in tqdm(range(limits.repeats + 1), disable=None):
+        if turn > 1 and time.perf_counter() - begin > limits.seconds:
+            break
         for timing in contestants.values():
             start = time.perf_counter()
             timing.run()
@@ -135,39 +150,45 @@ def take_turns(contestants: dict[str, Timing], device: torch.device, repeats: in
                 timing.seconds.append(time.perf_counter() - start)
 
 
-# HiFi-GAN's config for each width of generator: what ours is compared with.
-BASELINES = {
-    512: "configs/hifigan_v1.json",
-    256: "configs/hifigan_v3.json",
-    128: "configs/hifigan_v2.json",
-}
-MATMUL_SIZE = 2048
+def median_ratio(slow: Timing | None, fast: Timing) -> float | str:
+    """Returns the median over turns of the ratio of both times, or "" without `slow`."""
+    if slow is None:
+        return ""
+    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+
+
+# ------------------------------------------------------------------------------------- inference
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:
-    """Those that a user would choose there."""
+    """Returns the precisions that pay on `device`."""
     return ("fp32", "bf16") if computes_in_bfloat16(device) else ("fp32",)
 
 
+def new_generator(h: Config, device: torch.device, precision: str) -> Generator:
+    """Returns a generator with random weights, in the form that `load_generator` returns."""
+    torch.manual_seed(h.seed)
+    return to_inference(Generator(h), device, precision)
+
+
+def random_mel(h: Config, seconds: float) -> torch.Tensor:
+    """Returns a random log-mel [num_mels, T] of at least `seconds`."""
+    return torch.randn(h.num_mels, math.ceil(seconds * h.sampling_rate / h.hop_size)) - 5
+
+
 def inference_contestants(h: Config, device: torch.device, seconds: float) -> dict[str, Timing]:
-    """Generators at work on a random mel, and the machine's own matrix multiplication."""
-    frames = math.ceil(seconds * h.sampling_rate / h.hop_size)
-    generators = {f"ours, {p}": ready_generator(h, device, p) for p in precisions(device)}
+    """Returns generators on a random mel, and the machine's matrix multiplication."""
+    generators = {f"ours, {p}": new_generator(h, device, p) for p in precisions(device)}
     if h.uses_misr:
-        generators["loop"] = ready_generator(h, device, "fp32")
+        generators["loop"] = new_generator(h, device, "fp32")
         for misr in generators["loop"].resblocks:
-            misr.forward = partial(textbook.misr_loop, misr)
+            misr.forward = partial(hifigan_reference.misr_loop, misr)
     contestants = {
-        name: Timing(partial(synthesize, generator, torch.randn(h.num_mels, frames) - 5))
+        name: Timing(partial(synthesize, generator, random_mel(h, seconds)))
         for name, generator in generators.items()
     }
     if h.upsample_initial_channel in BASELINES:
-        plain_h = load_config(ROOT / BASELINES[h.upsample_initial_channel])
-        plain = textbook.TextbookGenerator(plain_h).to(device).eval()
-        textbook.remove_weight_norms(plain)
-        frames = math.ceil(seconds * plain_h.sampling_rate / plain_h.hop_size)
-        mel = torch.randn(1, plain_h.num_mels, frames, device=device) - 5
-        contestants["plain"] = Timing(torch.inference_mode()(lambda: plain(mel)))
+        contestants["HiFi-GAN"] = plain_hifigan(h.upsample_initial_channel, device, seconds)
     for name in precisions(device):
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
@@ -175,65 +196,86 @@ def inference_contestants(h: Config, device: torch.device, seconds: float) -> di
     return contestants
 
 
-def ready_generator(h: Config, device: torch.device, precision: str) -> Generator:
-    """A generator with random weights, as `load_generator` would give it."""
-    torch.manual_seed(h.seed)
-    return to_inference(Generator(h), device, precision)
+def plain_hifigan(channels: int, device: torch.device, seconds: float) -> Timing:
+    """Returns HiFi-GAN's generator of that width, eager, in fp32."""
+    h = load_config(ROOT / BASELINES[channels])
+    generator = hifigan_reference.TextbookGenerator(h).to(device).eval()
+    hifigan_reference.remove_weight_norms(generator)
+    mel = random_mel(h, seconds)[None].to(device)
+    return Timing(torch.inference_mode()(lambda: generator(mel)))
 
 
-def inference_row(config: str, seconds: int, device: torch.device, repeats: int) -> Row:
-    """A row of the table of speeds."""
+def inference_row(config: str, seconds: int, device: torch.device, limits: Limits) -> Row:
+    """Returns a row of the table of speeds."""
     h = load_config(config)
     contestants = inference_contestants(h, device, seconds)
-    take_turns(contestants, device, repeats)
-    macs = macs_per_second(Generator(h), h, torch.zeros(1, h.num_mels, MEASURED_FRAMES)) * seconds
-    row = {"config": config, "s of audio": seconds}
+    take_turns(contestants, device, limits)
+    row = {"config": config, "audio (s)": seconds}
     for precision in precisions(device):
         ours = contestants[f"ours, {precision}"]
-        peak = MATMUL_SIZE**3 / contestants[f"matmul, {precision}"].spread().median
+        matmul = statistics.median(contestants[f"matmul, {precision}"].seconds)
+        macs_per_matmul = MATMUL_SIZE**3 / matmul
+        achieved = generator_macs(h) * seconds / statistics.median(ours.seconds)
         row |= {
             f"{precision}: times real time": ours.speeds(seconds),
-            f"{precision}: of plain fp32 HiFi-GAN": median_ratio(contestants.get("plain"), ours),
-            f"{precision}: of matmul": macs / ours.spread().median / peak,
+            f"{precision}: times HiFi-GAN fp32": median_ratio(contestants.get("HiFi-GAN"), ours),
+            f"{precision}: MAC/s per MAC/s of matmul": achieved / macs_per_matmul,
         }
-    row["of the loop"] = median_ratio(contestants.get("loop"), contestants["ours, fp32"])
+    row["fp32: times the MISR loop"] = median_ratio(
+        contestants.get("loop"), contestants["ours, fp32"]
+    )
     return row
 
 
-def median_ratio(slow: Timing | None, fast: Timing) -> float | str:
-    """How many times as fast `fast` is: the median over turns; nothing where there is no `slow`."""
-    if slow is None:
-        return ""
-    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+# ------------------------------------------------------------------------------ streams and memory
+
+
+def stream_row(config: str, seconds: int, frames: int, device: torch.device) -> Row:
+    """Returns a row of the table of streams: a mel of `seconds`, fed `frames` frames at a time."""
+    h = load_config(config)
+    mel = random_mel(h, seconds)
+    streamer, pieces = Streamer(new_generator(h, device, "fp32")), mel.split(frames, dim=1)
+    streamer.feed(pieces[0])  # warms up
+    streamer.flush()
+    begin = time.perf_counter()
+    samples = sum(len(streamer.feed(piece).cpu()) for piece in pieces)
+    samples += len(streamer.flush().cpu())
+    audio_seconds = samples / h.sampling_rate
+    return {
+        "config": config,
+        "threads": torch.get_num_threads(),
+        "audio (s)": seconds,
+        "frames at a time": frames,
+        "latency (ms)": 1000 * streamer.latency * h.hop_size / h.sampling_rate,
+        "times real time": audio_seconds / (time.perf_counter() - begin),
+    }
 
 
 def memory_row(config: str, minutes: float, chunk_frames: int, device: torch.device) -> Row:
-    """A row of the table of memory; measured in a process of its own, for peaks do not fall."""
-    row = {"config": config, "min of audio": minutes, "chunk_frames": chunk_frames or "whole"}
+    """Returns a row of the table of memory, measured in a new process because peaks only rise."""
+    row = {"config": config, "audio (min)": minutes, "chunk_frames": chunk_frames or "whole"}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        figures = pool.submit(stream_once, config, minutes, chunk_frames, device)
+        figures = pool.submit(synthesize_once, config, minutes, chunk_frames, device)
         try:
             megabytes, first, speed = figures.result()
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, BrokenProcessPool) and not is_out_of_memory(error):
-                raise  # a process that the system kills for its memory breaks the pool
-            return row | {"peak MB": "out of memory", "first sound, s": "", "times real time": ""}
-    return row | {"peak MB": round(megabytes), "first sound, s": first, "times real time": speed}
+                raise  # the pool breaks if the system kills the process for its memory
+            megabytes, first, speed = "out of memory", "", ""
+    return row | {"peak (MB)": megabytes, "first samples (s)": first, "times real time": speed}
 
 
-def stream_once(
+def synthesize_once(
     config: str, minutes: float, chunk_frames: int, device: torch.device
-) -> tuple[float, float, float]:
-    """(peak memory in MB, seconds until the first samples, times real time) of one long mel."""
+) -> tuple[int, float, float]:
+    """Returns the peak memory in MB, the seconds until the first samples, and the speed."""
     if device.type == "cpu":
-        speed_up_cpu()  # as the scripts are; and fail, where the machine would begin to swap
+        speed_up_cpu()  # as the scripts do
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))  # fails where it would swap
     h = load_config(config)
-    generator = ready_generator(h, device, "fp32")
-    frames = math.ceil(minutes * 60 * h.sampling_rate / h.hop_size)
-    mel = torch.randn(h.num_mels, frames) - 5
+    generator, mel = new_generator(h, device, "fp32"), random_mel(h, 60 * minutes)
     start = time.perf_counter()
     pieces = (piece.cpu() for piece in stream(generator, mel, chunk_frames))
     samples = len(next(pieces))
@@ -241,16 +283,19 @@ def stream_once(
     samples += sum(len(piece) for piece in pieces)
     speed = samples / h.sampling_rate / (time.perf_counter() - start)
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6, first, speed
-    # Linux's own count: getrusage's would begin with the parent's.
+        return round(torch.cuda.max_memory_allocated(device) / 1e6), first, speed
+    # getrusage would count the parent's memory.
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024 / 1e6, first, speed
+    return round(int(status["VmHWM"].split()[0]) * 1024 / 1e6), first, speed
+
+
+# --------------------------------------------------------------------------------------- training
 
 
 def training_contestants(
     h: Config, device: torch.device, compiled: bool = False
 ) -> dict[str, Timing]:
-    """The textbook's step and ours, on the same random batch."""
+    """Returns HiFi-GAN's training step and ours in each precision, on one random batch."""
     torch.manual_seed(h.seed)
     mel = torch.randn(h.batch_size, h.num_mels, h.segment_size // h.hop_size, device=device) - 5
     wav = 0.1 * torch.randn(h.batch_size, 1, h.segment_size, device=device)
@@ -261,100 +306,75 @@ def training_contestants(
         state.generator.compile()
         state.discriminators.compile()
     ours = {f"ours, {p}": Timing(lambda s=s: training_step(s, mel, wav)) for p, s in states.items()}
-    return {"textbook, fp32": Timing(textbook_update(h, device, mel, wav)), **ours}
+    return {REFERENCE_STEP: Timing(reference_step(h, device, mel, wav)), **ours}
 
 
-def textbook_update(
+def reference_step(
     h: Config, device: torch.device, mel: torch.Tensor, wav: torch.Tensor
-) -> Callable:
-    """HiFi-GAN's step with the generator of `h`."""
-    generator = Generator(h).to(device)
-    mult = h.discriminator_channel_mult
-    mpd, msd = textbook.MultiPeriod(mult).to(device), textbook.MultiScale(mult).to(device)
+) -> Callable[[], object]:
+    """Returns HiFi-GAN's training step for the generator of `h`, in fp32."""
+    generator, mult = Generator(h).to(device), h.discriminator_channel_mult
+    mpd = hifigan_reference.MultiPeriod(mult).to(device)
+    msd = hifigan_reference.MultiScale(mult).to(device)
     log_mel = LogMelSpectrogram(h, h.fmax_for_loss).to(device)
     discriminators = itertools.chain(msd.parameters(), mpd.parameters())
     optim_g, optim_d = (
         torch.optim.AdamW(p, h.learning_rate, betas=(h.adam_b1, h.adam_b2))
         for p in (generator.parameters(), discriminators)
     )
-    return lambda: textbook.textbook_step(
+    return lambda: hifigan_reference.textbook_step(
         generator, mpd, msd, optim_g, optim_d, log_mel, mel=mel, wav=wav
     )
 
 
 def training_rows(
-    config: str, batch_size: int, device: torch.device, repeats: int, compiled: bool
+    config: str, batch_size: int, device: torch.device, limits: Limits, compiled: bool
 ) -> Iterator[Row]:
-    """Rows of the table of training steps."""
+    """Yields the rows of the table of training steps for one config and batch size."""
     h = replace(load_config(config), batch_size=batch_size)
     contestants = training_contestants(h, device, compiled)
-    take_turns(contestants, device, repeats)
+    torch.backends.cudnn.benchmark = True  # as train.py
+    torch.backends.cudnn.benchmark_limit = CUDNN_SEARCH
+    take_turns(contestants, device, limits)
     for name, timing in contestants.items():
         yield {
             "config": config,
-            "batch": batch_size,
+            "batch (segments)": batch_size,
             "step": name,
-            "seconds": timing.spread(),
-            "times as fast": median_ratio(contestants["textbook, fp32"], timing),
+            "time (s)": median_range(timing.seconds),
+            "times HiFi-GAN's step": median_ratio(contestants[REFERENCE_STEP], timing),
         }
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """What the figures were measured on, and of which commit."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = f"{cpus[0] if cpus else platform.machine()}, {torch.get_num_threads()} threads"
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    versions = {"Python": platform.python_version(), "PyTorch": torch.__version__}
-    return {"device": f"{device.type}: {name}", **versions, "commit": commit}
+# ----------------------------------------------------------------------------------------- tables
 
 
 def tables(a: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Iterator[Row]]]:
-    """The tables that the flags ask for: names and rows, measured as they are drawn."""
+    """Yields the names and rows of the tables that the flags ask for; rows are measured lazily."""
+    limits = Limits(
+        a.repeats, a.max_seconds or (GPU_SECONDS if device.type == "cuda" else math.inf)
+    )
     yield "sizes", map(size_row, a.config)
     if a.infer:
         cases = itertools.product(a.config, a.seconds)
-        yield "inference", (inference_row(*case, device, a.repeats) for case in cases)
+        yield "inference", (inference_row(*case, device, limits) for case in cases)
+    if a.stream:
+        cases = itertools.product(a.config, a.seconds[-1:], a.stream_frames)
+        yield "stream", (stream_row(*case, device) for case in cases)
     if a.memory:
         cases = itertools.product(a.config, a.minutes, a.chunk_frames)
         yield "memory", (memory_row(*case, device) for case in cases)
     if a.train:
         cases = itertools.product(a.config, a.batch_size)
-        rows = (training_rows(*case, device, a.repeats, a.compile) for case in cases)
+        rows = (training_rows(*case, device, limits, a.compile) for case in cases)
         yield "training", itertools.chain.from_iterable(rows)
 
 
-def show(rows: Iterator[Row]) -> list[Row]:
-    """Prints rows in markdown as they come, and returns them."""
-    shown = []
-    for row in rows:
-        if not shown:
-            print(f"| {' | '.join(row)} |\n{'|---' * len(row)}|")
-        print(f"| {' | '.join(map(cell, row.values()))} |", flush=True)
-        shown.append(row)
-    return shown
-
-
-def cell(value: str | int | float | Spread) -> str:
-    """A value as a reader wants it: three digits, ranges in brackets."""
-    if isinstance(value, Spread):
-        low, median, high = map(cell, value)
-        return f"{median} ({low} to {high})"
-    if isinstance(value, float):
-        return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
-    return f"{value:,}" if isinstance(value, int) else value
-
-
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Returns the command line's flags."""
     parser = command_parser(
-        "Measures models: parameters and multiply-accumulates for a second of audio, and more.",
+        "Measures models: parameters and multiply-accumulates per second of audio, and, by the "
+        "flags\nbelow, speed, latency, memory and training steps.",
         example="python tools/benchmark.py --infer --config config_v2.json --seconds 1 20",
     )
     what = parser.add_argument_group("what to measure")
@@ -365,40 +385,32 @@ def parse_arguments() -> argparse.Namespace:
         default=["config_v1.json", "config_v2.json"],
         help="JSON configs; weights are random",
     )
-    what.add_argument(
-        "--infer",
-        action="store_true",
-        help="also the speed of inference, beside HiFi-GAN's generator of the same width",
-    )
-    what.add_argument(
-        "--memory", action="store_true", help="also the memory and the first sound of long mels"
-    )
-    what.add_argument(
-        "--train",
-        action="store_true",
-        help="also the time of a training step, beside HiFi-GAN's textbook step",
-    )
-    what.add_argument("--compile", action="store_true", help="with --train, also torch.compile")
+    for flag, text in (
+        ("--infer", "speed of inference, beside HiFi-GAN's generator of the same width"),
+        ("--stream", "latency and speed of a stream that is fed some frames at a time"),
+        ("--memory", "peak memory and time to the first samples for long mels"),
+        ("--train", "time of a training step, beside HiFi-GAN's"),
+        ("--compile", "with --train, also the step with torch.compile"),
+    ):
+        what.add_argument(flag, action="store_true", help=text)
     size = parser.add_argument_group("how much of it; several values make several rows")
-    several = {"nargs": "+", "metavar": "N"}
+    for flag, kind, default, text in (
+        ("--seconds", positive, [1, 4, 20], "of audio, for --infer; --stream takes the last one"),
+        ("--stream_frames", positive, [64, 32, 8, 4, 1], "mel frames at a time, for --stream"),
+        ("--minutes", positive, [1, 10, 60], "of audio, for --memory"),
+        ("--chunk_frames", natural, [0, 1024, 32], "mel frames at a time, for --memory; 0: all"),
+        ("--batch_size", positive, [4, 16], "segments in a training step"),
+    ):
+        size.add_argument(flag, type=kind, default=default, nargs="+", metavar="N", help=text)
     size.add_argument(
-        "--seconds", type=positive, default=[1, 4, 20], help="of audio, for --infer", **several
+        "--repeats", type=positive, default=5, metavar="N", help="turns, for --infer and --train"
     )
     size.add_argument(
-        "--minutes", type=positive, default=[1, 10, 60], help="of audio, for --memory", **several
-    )
-    size.add_argument(
-        "--chunk_frames",
-        type=natural,
-        default=[0, 1024, 32],
-        help="mel frames at once, for --memory; 0: whole",
-        **several,
-    )
-    size.add_argument(
-        "--batch_size", type=positive, default=[4, 16], help="segments in a step", **several
-    )
-    size.add_argument(
-        "--repeats", type=positive, default=5, metavar="N", help="turns; medians are shown"
+        "--max_seconds",
+        type=positive,
+        metavar="N",
+        help="fewer turns, at least one, where the turns of a row take longer "
+        f"(default: {GPU_SECONDS} on GPUs, no limit on CPUs)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
     parser.add_argument("--output", metavar="JSON", help="file for all figures")
@@ -406,17 +418,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prints tables in markdown."""
+    """Prints the tables."""
     a = parse_arguments()
     device = select_device(a.device)
     if device.type == "cpu":
         speed_up_cpu()
-    torch.backends.cudnn.benchmark = a.train  # as in train.py; inference has lengths of all kinds
     results = {"machine": machine(device)}
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
     for name, rows in tables(a, device):
         print()
-        results[name] = show(rows)
+        results[name] = print_table(rows)
     if a.output:
         with atomic_write(a.output) as temporary:
             temporary.write_text(json.dumps(results, indent=2))

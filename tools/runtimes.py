@@ -1,10 +1,10 @@
-"""Measures what runs a generator fastest on this CPU: eager, compiled, or in another runtime.
+"""Compares runtimes on this CPU: eager PyTorch, torch.compile, ONNX Runtime and OpenVINO.
 
     python tools/runtimes.py --config config_v2.json configs/istft_v2.json --threads 1 2
 
-Each runtime has a process of its own and they run in turns, of which all but one wait; figures are
-times real time, medians with their range. Weights and mels are random. Runtimes that are not
-installed are passed over: pip install onnx onnxscript onnxruntime openvino.
+Each runtime has its own process. The processes run in turns, one at a time. The figures are
+real-time factors: medians over turns, with their range. Weights and mels are random. Runtimes that
+are not installed are skipped: pip install onnx onnxscript onnxruntime openvino.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from env import Config, load_config
 from export_onnx import to_onnx
 from inference import to_inference
 from models import Generator
-from tools.benchmark import Row, machine, show, spread_of
+from tools.tables import Row, machine, median_range, print_table
 from utils import command_line, command_parser, positive
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-BASE = "eager fp32"  # what the others are compared with
-PAUSE = 0.5  # seconds before each turn, for the threads of the one before to fall asleep
+BASELINE = "eager fp32"  # in the column of ratios
+PAUSE = 0.5  # seconds before each turn, until the threads of the previous one are idle
 
 
 class Case(NamedTuple):
-    """What every runtime is given."""
+    """The input of every runtime."""
 
     config: str
     onnx_file: str
@@ -45,17 +45,17 @@ class Case(NamedTuple):
     threads: int
 
 
-Run = Callable[[], object]  # synthesizes once
+Run = Callable[[], object]  # synthesises once
 
 
-def fresh_generator(h: Config, precision: str = "fp32") -> Generator:
-    """A generator ready to speak, with the same random weights in every process."""
+def new_generator(h: Config, precision: str = "fp32") -> Generator:
+    """Returns a generator for inference with the same random weights in every process."""
     torch.manual_seed(0)
     return to_inference(Generator(h), torch.device("cpu"), precision)
 
 
 def random_mel(case: Case) -> torch.Tensor:
-    """A mel [1, num_mels, T] between silence and loud speech."""
+    """Returns a random log-mel [1, num_mels, T] between silence and loud speech."""
     num_mels = load_config(case.config).num_mels
     return (
         torch.rand(1, num_mels, case.frames, generator=torch.Generator().manual_seed(0)) * 12 - 11
@@ -63,15 +63,15 @@ def random_mel(case: Case) -> torch.Tensor:
 
 
 def eager(case: Case, precision: str, is_compiled: bool = False) -> Run:
-    """PyTorch, as inference.py runs it, or compiled."""
+    """Returns a run of PyTorch, as in inference.py, or compiled."""
     speed_up_cpu()
     torch.set_num_threads(case.threads)
-    generator, mel = fresh_generator(load_config(case.config), precision), random_mel(case)
+    generator, mel = new_generator(load_config(case.config), precision), random_mel(case)
     return partial(torch.compile(generator) if is_compiled else generator, mel)
 
 
 def onnx_runtime(case: Case) -> Run:
-    """ONNX Runtime, on the exported file."""
+    """Returns a run of ONNX Runtime on the exported file."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -83,7 +83,7 @@ def onnx_runtime(case: Case) -> Run:
 
 
 def open_vino(case: Case, precision: str) -> Run:
-    """OpenVINO, on the exported file; "f32" or "bf16"."""
+    """Returns a run of OpenVINO on the exported file; the precision is "f32" or "bf16"."""
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": case.threads, "INFERENCE_PRECISION_HINT": precision}
@@ -92,7 +92,7 @@ def open_vino(case: Case, precision: str) -> Run:
 
 
 RUNTIMES = {
-    BASE: partial(eager, precision="fp32"),
+    BASELINE: partial(eager, precision="fp32"),
     "eager bf16": partial(eager, precision="bf16"),
     "torch.compile fp32": partial(eager, precision="fp32", is_compiled=True),
     "ONNX Runtime fp32": onnx_runtime,
@@ -102,13 +102,13 @@ RUNTIMES = {
 
 
 def work(runtime: str, case: Case, clock: str, parent: Connection) -> None:
-    """A runtime's process: sends None once it is ready, or why it is not; then a time a turn."""
+    """Is a runtime's process: sends None when ready, or an error; then the seconds of each turn."""
     read_clock = CLOCKS[clock]
     try:
         run = RUNTIMES[runtime](case)
         with torch.inference_mode():
             run()
-            run()  # compilers look twice at a first length
+            run()  # torch.compile may compile twice for a first length
             parent.send(None)
             while parent.recv():
                 start = read_clock()
@@ -119,7 +119,7 @@ def work(runtime: str, case: Case, clock: str, parent: Connection) -> None:
 
 
 def seconds_of_turns(case: Case, repeats: int, clock: str) -> dict[str, list[float]]:
-    """The seconds of each turn, by runtime; says which cannot run here."""
+    """Returns the seconds of each turn by runtime; prints which runtimes cannot run."""
     spawn, workers = multiprocessing.get_context("spawn"), {}
     for runtime in RUNTIMES:
         ours, theirs = spawn.Pipe()
@@ -129,7 +129,7 @@ def seconds_of_turns(case: Case, repeats: int, clock: str) -> dict[str, list[flo
         if reason is None:
             workers[runtime] = (process, ours)
         else:
-            tqdm.write(f"{runtime}: passed over, {reason.splitlines()[0]}", file=sys.stderr)
+            tqdm.write(f"{runtime}: skipped, {reason.splitlines()[0]}", file=sys.stderr)
     seconds = {runtime: [] for runtime in workers}
     for _ in tqdm(range(repeats), disable=None, leave=False):
         for runtime, (_, connection) in workers.items():
@@ -143,31 +143,31 @@ def seconds_of_turns(case: Case, repeats: int, clock: str) -> dict[str, list[flo
 
 
 def rows(config: str, audio_seconds: int, threads: int, a: argparse.Namespace) -> Iterator[Row]:
-    """A row of the table for each runtime."""
+    """Yields a row of the table for each runtime."""
     h = load_config(config)
     frames = audio_seconds * h.sampling_rate // h.hop_size
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
-        file.write_bytes(to_onnx(fresh_generator(h), h).SerializeToString())
+        file.write_bytes(to_onnx(new_generator(h), h).SerializeToString())
         timings = seconds_of_turns(Case(config, str(file), frames, threads), a.repeats, a.clock)
     for runtime, seconds in timings.items():
-        ratios = [base / own for base, own in zip(timings[BASE], seconds, strict=True)]
+        ratios = [base / own for base, own in zip(timings[BASELINE], seconds, strict=True)]
         yield {
             "config": config,
             "threads": threads,
-            "seconds": audio_seconds,
+            "audio (s)": audio_seconds,
             "runtime": runtime,
-            "times real time": spread_of(
+            "times real time": median_range(
                 [frames * h.hop_size / h.sampling_rate / s for s in seconds]
             ),
-            f"of {BASE}": spread_of(ratios),
+            f"times {BASELINE}": median_range(ratios),
         }
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Returns the command line's flags."""
     parser = command_parser(
-        "What runs a generator fastest on this CPU.",
+        "Compares the speed of a generator in several runtimes on this CPU.",
         example="python tools/runtimes.py --config config_v2.json --threads 1 2",
     )
     parser.add_argument(
@@ -175,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="JSON",
         nargs="+",
         default=["config_v2.json", "configs/istft_v2.json"],
-        help="models",
+        help="JSON configs; weights are random",
     )
     parser.add_argument(
         "--seconds", metavar="S", nargs="+", type=positive, default=[1, 10], help="of audio a turn"
@@ -190,17 +190,17 @@ def parse_arguments() -> argparse.Namespace:
         "--clock",
         default="wall",
         choices=CLOCKS,
-        help="cpu counts the process's own time: for one thread on a machine that is busy",
+        help="wall time, or the process's CPU time, for one thread on a busy machine",
     )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Prints a table in markdown."""
+    """Prints the table."""
     a = parse_arguments()
     print(", ".join(f"{key} {value}" for key, value in machine(torch.device("cpu")).items()))
     cases = itertools.product(a.config, a.seconds, a.threads)
-    show(itertools.chain.from_iterable(rows(*case, a) for case in cases))
+    print_table(itertools.chain.from_iterable(rows(*case, a) for case in cases))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def toy_config(tmp_path: Path, config: str = "config_v2.json", **changes) -> Con
 
 
 def write_config(path: Path, config: str = "config_v2.json", **changes) -> Path:
-    """Writes a shipped config at toy size. A change to None removes the key, unless it is nullable."""
+    """Writes a shipped config at toy size. A change to None removes a key that is not nullable."""
     values = toy_values(config, **changes)
     kept = {k: v for k, v in values.items() if v is not None or k in NULLABLE}
     path.write_text(json.dumps(kept))

@@ -1,9 +1,9 @@
-"""Damaged and senseless files: each is taken, and right, or refused in one line that names it.
+"""Feeds damaged files to the loaders: each is loaded correctly or refused in one line.
 
     OMP_NUM_THREADS=1 python tools/stress/fuzz.py 10000 --only wav
 
-Prints a table of what happened. Case `i` of a kind is always the same; the first that fails is
-named and left in a file. tests/test_fuzz.py tries a few of each kind.
+Prints a table of the numbers of loaded and refused files. Case i of a kind is always the same file.
+The first failing file is kept and named. tests/test_fuzz.py runs a few cases of each kind.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from utils import command_line, positive
 
 RATE = 22050
 CONFIGS = ("config_v2.json", "configs/hifigan_v2.json", "configs/istft_v2.json")
-LONGEST = 20  # seconds of computing for one case
+MAX_SECONDS = 20  # of CPU time for one case
 
-# ------------------------------------------------------------------------------ how files go wrong
+# -------------------------------------------------------------------------------------- the files
 
 
 def damaged(raw: bytes, draw: random.Random) -> bytes:
-    """`raw` with some bytes changed, mostly near its ends, or cut short, or longer."""
+    """Returns `raw` with some bytes changed, mostly near its ends, or shortened, or lengthened."""
     way = draw.choice(("change", "change", "cut", "add"))
     if way == "cut":
         return raw[: draw.randrange(len(raw))]
@@ -60,19 +60,19 @@ OTHERS = (None, True, "", "text", [], {}, [[]], {"a": 1})
 
 
 def any_value(draw: random.Random) -> object:
-    """A JSON value, of a size that a slip of the keyboard gives."""
+    """Returns a JSON value, as a typing error may give."""
     numbers = [draw.choice(NUMBERS) for _ in range(draw.randint(1, 5))]
     return draw.choice((numbers[0], numbers[0], numbers, [numbers], draw.choice(OTHERS)))
 
 
 def config_with_another_value(draw: random.Random) -> bytes:
-    """A shipped config at toy size, with one value replaced."""
+    """Returns a toy config with one value replaced."""
     values = toy_values(draw.choice(CONFIGS))
     return json.dumps(values | {draw.choice(sorted(values)): any_value(draw)}).encode()
 
 
 def damaged_config(draw: random.Random) -> bytes:
-    """A shipped config at toy size, with damaged bytes."""
+    """Returns a toy config with damaged bytes."""
     return damaged(json.dumps(toy_values(draw.choice(CONFIGS))).encode(), draw)
 
 
@@ -82,7 +82,7 @@ ODD = "ab|/.\0\n\r\t \x1b\x85\u2028\u202eé-~"
 
 
 def file_list(draw: random.Random) -> bytes:
-    """Lines of a list, most of them good."""
+    """Returns a file list, most of its lines valid."""
     lines = [draw.choice(LINES) for _ in range(draw.randint(1, 4))]
     if draw.random() < 0.3:
         lines.append("".join(draw.choices(ODD, k=draw.randint(1, 20))))
@@ -92,15 +92,15 @@ def file_list(draw: random.Random) -> bytes:
 
 @functools.cache
 def sound(kind: str) -> bytes:
-    """A tenth of a second."""
+    """Returns a file of a tenth of a second."""
     file = io.BytesIO()
     subtype = {"WAV": "PCM_16", "RF64": "FLOAT"}.get(kind)
     soundfile.write(file, speech_like(0.1), RATE, format=kind, subtype=subtype)
     return file.getvalue()
 
 
-def lying_wav(draw: random.Random) -> bytes:
-    """A wav one of whose header's 32-bit fields is another: sizes, rate, bytes a second."""
+def wav_with_another_header(draw: random.Random) -> bytes:
+    """Returns a wav with one 32-bit field of its header replaced, such as a size or the rate."""
     raw, offset = bytearray(sound("WAV")), draw.choice((4, 16, 24, 28, 40))
     value = draw.choice((0, 1, 255, 999, 2**31 - 1, 2**31, 2**32 - 1))
     raw[offset : offset + 4] = value.to_bytes(4, "little")
@@ -109,7 +109,7 @@ def lying_wav(draw: random.Random) -> bytes:
 
 @functools.cache
 def mel() -> bytes:
-    """A .npy file [80, 9]."""
+    """Returns a .npy file [80, 9]."""
     file = io.BytesIO()
     np.save(file, np.linspace(-11, 1, 80 * 9, dtype=np.float32).reshape(80, 9))
     return file.getvalue()
@@ -120,7 +120,7 @@ SHAPES = ((80, 9), (1, 80, 9), (9, 80), (80, 0), (80,), (), (80, -9), (10**12, 1
 
 
 def mel_with_another_header(draw: random.Random) -> bytes:
-    """The data of a mel after a header that says something else of it."""
+    """Returns the data of a mel after a header with another type, order or shape."""
     shape = draw.choice(SHAPES[:2]) if draw.random() < 0.5 else draw.choice(SHAPES)
     dtype, order = draw.choice(TYPES), draw.choice((False, False, True, "C"))
     header = repr({"descr": dtype, "fortran_order": order, "shape": shape}).ljust(118) + "\n"
@@ -129,7 +129,7 @@ def mel_with_another_header(draw: random.Random) -> bytes:
 
 @functools.cache
 def weights() -> dict:
-    """A toy generator's."""
+    """Returns a toy generator's weights."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(json.dumps(toy_values()))
         file.flush()
@@ -138,7 +138,7 @@ def weights() -> dict:
 
 
 def packed(contents: object, is_zip: bool = True) -> bytes:
-    """What torch.save writes."""
+    """Returns what torch.save writes."""
     file = io.BytesIO()
     torch.save(contents, file, _use_new_zipfile_serialization=is_zip)
     return file.getvalue()
@@ -146,7 +146,7 @@ def packed(contents: object, is_zip: bool = True) -> bytes:
 
 @functools.cache
 def checkpoint(is_zip: bool) -> bytes:
-    """A toy g_* file, in the form of today or of PyTorch before 1.6."""
+    """Returns a toy g_* file, in the present format or that of PyTorch before 1.6."""
     return packed({"generator": weights()}, is_zip)
 
 
@@ -162,38 +162,42 @@ CHANGES = {
 
 
 def checkpoint_with_another_tensor(draw: random.Random) -> bytes:
-    """A toy g_* file with a tensor changed, lost, renamed or added."""
+    """Returns a toy g_* file with a tensor changed, removed, renamed or added."""
     changed = copy.copy(weights())  # with the metadata that torch gives it
     key = draw.choice(sorted(changed))
-    way = draw.choice((*CHANGES, "lost", "renamed", "added"))
+    way = draw.choice((*CHANGES, "removed", "renamed", "added"))
     if way in CHANGES:
         changed[key] = CHANGES[way](changed[key])
     else:
         value = changed[key] if way == "added" else changed.pop(key)
-        if way != "lost":
+        if way != "removed":
             changed["other." + key] = value
     return packed({"generator": changed})
 
 
-# ------------------------------------------------------------- what must hold where a file is taken
+# -------------------------------------------------------------------- the checks of loaded files
 
 
 def check_config(path: Path) -> None:
-    """A config gives a model of which the parts fit each other."""
+    """Loads a config; generator, mel and discriminators must fit each other."""
     h: Config = load_config(path)
     with torch.device("meta"):
         size = sum(p.numel() for part in (Generator, Discriminators) for p in part(h).parameters())
     if size > 10**6 or h.segment_size > 2**14 or h.hop_size > 2**12 or h.batch_size > 16:
         return
     wav = torch.zeros(h.batch_size, h.segment_size)
+    try:
+        log_mel = LogMelSpectrogram(h, h.fmax)
+    except UserError as error:  # it does not know the file
+        raise UserError(f"{path}: {error}") from None
     with torch.no_grad():
-        wav_hat = Generator(h)(LogMelSpectrogram(h, h.fmax)(wav))
+        wav_hat = Generator(h)(log_mel(wav))
         Discriminators(h)(wav_hat)
     assert wav_hat.shape == (h.batch_size, 1, h.segment_size)
 
 
 def check_list(path: Path) -> None:
-    """A list names files that there are."""
+    """Loads a file list; every file must exist."""
     wavs_dir = path.parent / "wavs"
     for name in CLIPS:
         (wavs_dir / name).parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +206,7 @@ def check_list(path: Path) -> None:
 
 
 def check_wav(path: Path) -> None:
-    """A sound is a channel of numbers within full scale."""
+    """Loads a wav; it must be mono, float32 and within full scale."""
     wav = load_wav(path, RATE, min_samples=256)
     assert wav.ndim == 1 and len(wav) >= 256
     assert wav.dtype == torch.float32
@@ -210,7 +214,7 @@ def check_wav(path: Path) -> None:
 
 
 def check_mel(path: Path) -> None:
-    """A mel is finite and has its bands."""
+    """Loads a mel; it must be finite and have 80 bands."""
     mel = load_mel(path, 80)
     assert mel.dtype == torch.float32
     assert mel.shape[0] == 80
@@ -218,22 +222,22 @@ def check_mel(path: Path) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """A generator speaks."""
+    """Loads a generator; it must synthesise."""
     path.with_name("config.json").write_text(json.dumps(toy_values()))
     generator, h = load_generator(path)
     assert all(p.dtype == torch.float32 for p in generator.parameters())
     assert synthesize(generator, torch.zeros(h.num_mels, 2)).shape == (2 * h.hop_size,)
 
 
-# ----------------------------------------------------------------------------------------- trying
+# --------------------------------------------------------------------------------------- the runs
 
 
 class Kind(NamedTuple):
-    """Files of one kind."""
+    """A kind of file."""
 
     name: str  # of the file
     make: Callable[[random.Random], bytes]
-    check: Callable[[Path], None]  # reads one; raises UserError where it is refused
+    check: Callable[[Path], None]  # loads it; raises UserError to refuse it
 
 
 SOUNDS = ("WAV", "RF64", "FLAC", "OGG", "MP3", "AIFF", "AU", "W64")
@@ -247,7 +251,7 @@ KINDS = {
         )
         for kind in SOUNDS
     },
-    "WAV header that lies": Kind("a.wav", lying_wav, check_wav),
+    "WAV header that lies": Kind("a.wav", wav_with_another_header, check_wav),
     "npy, damaged": Kind("a.npy", lambda draw: damaged(mel(), draw), check_mel),
     "npy, another header": Kind("a.npy", mel_with_another_header, check_mel),
     "checkpoint, damaged": Kind(
@@ -262,55 +266,55 @@ KINDS = {
 }
 
 
-def is_taken(kind: Kind, path: Path) -> bool:
-    """Whether the file is taken and right, or refused in one line that names it, and soon.
+def is_loaded(kind: Kind, path: Path) -> bool:
+    """Returns True if the file is loaded correctly, False if it is refused in one line.
 
     Raises:
-        Exception: neither.
+        Exception: neither, or it takes too long.
     """
     start = time.process_time()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             kind.check(path)
-            taken = True
+            loaded = True
         except UserError as error:
-            taken, line = False, str(error)
+            loaded, line = False, str(error)
             assert line.startswith(str(path)), line
             assert line.isprintable() and len(line) < 5000, line  # a line feed is not printable
     shown = [each for each in warned if not issubclass(each.category, DeprecationWarning)]
-    assert shown == []  # each would be another line
-    assert time.process_time() - start < LONGEST
-    return taken
+    assert shown == []  # a warning would be another line
+    assert time.process_time() - start < MAX_SECONDS
+    return loaded
 
 
 def try_cases(name: str, cases: int) -> tuple[int, int]:
-    """Tries so many files of a kind; returns how many were taken and how many refused.
+    """Runs `cases` files of a kind; returns the numbers of loaded and of refused files.
 
     Raises:
-        AssertionError: names the first that is neither, and the file that holds it.
+        AssertionError: a file is neither; the message names its copy.
     """
-    kind, taken = KINDS[name], 0
+    kind, loaded = KINDS[name], 0
     with tempfile.TemporaryDirectory() as folder:
         for i in range(cases):
             path = Path(folder) / kind.name
             path.write_bytes(kind.make(random.Random(f"{name} {i}")))
             try:
-                taken += is_taken(kind, path)
+                loaded += is_loaded(kind, path)
             except Exception as error:
                 kept = Path(tempfile.mkdtemp(prefix="fuzz_")) / path.name
                 kept.write_bytes(path.read_bytes())
                 raise AssertionError(f"{name}, case {i}, left in {kept}: {error!r}") from error
-    return taken, cases - taken
+    return loaded, cases - loaded
 
 
 def main() -> None:
-    """Tries many cases of each kind."""
+    """Runs many cases of each kind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", type=positive, help="of each kind")
     parser.add_argument("--only", default="", metavar="WORD", help="in the name of a kind")
     a = parser.parse_args()
-    print("| kind of file | taken | refused in one line |\n|---|---|---|")
+    print("| kind of file | loaded | refused in one line |\n|---|---|---|")
     for name in KINDS:
         if a.only.lower() in name.lower():
             print(f"| {name} | {' | '.join(map(str, try_cases(name, a.cases)))} |", flush=True)
