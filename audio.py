@@ -71,14 +71,13 @@ def load_wav(
     if is_truncated:
         seconds = len(channels) / file_rate
         say(one_line(f"{path}: truncated; the {seconds:.1f} s that are there are used"))
-    wav = channels.mean(axis=1)
-    if len(wav) > 0:
-        _check_peak(path, channels, wav, min_peak)
-        wav = _resample(wav, file_rate, sampling_rate)
+    mix = channels.mean(axis=1)
+    wav = _resample(mix, file_rate, sampling_rate) if len(mix) else mix
     if len(wav) < min_samples:
         raise UserError(
             f"{path}: {len(wav)} samples at {sampling_rate} Hz; expected at least {min_samples}"
         )
+    _check_peak(path, channels, mix, min_peak)
     return torch.from_numpy(wav).clamp_(-1, 1)
 
 
@@ -158,7 +157,7 @@ def _has_length(mp3: bytes) -> bool:
 
 def _check_peak(path: str | Path, channels: np.ndarray, wav: np.ndarray, min_peak: float) -> None:
     """Raises SilenceError if the mix `wav` [N] of `channels` [N, C] is almost silent."""
-    peak, peak_before = np.abs(wav).max(), np.abs(channels).max()
+    peak, peak_before = np.abs(wav).max(initial=0), np.abs(channels).max(initial=0)
     if peak >= min_peak:
         return
     if peak_before >= min_peak:

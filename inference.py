@@ -74,7 +74,7 @@ def load_generator(
             f"{checkpoint_file}: no config.json beside it; copy that of its training run there"
         )
     is_from_y_chan = is_y_chans(weights)
-    h = load_config(config, None if is_from_y_chan else say)
+    h = load_config(config, None if is_from_y_chan else say, ignore_unknown=True)
     if is_from_y_chan and h.misr_merge != "conv":
         say(f'{checkpoint_file}: from y-chan\'s port, so misr_merge is "conv"')
         h = replace(h, misr_merge="conv")

@@ -283,7 +283,7 @@ class ISTFTHead(nn.Module):
             return self._overlap_add(self.to_spectrum(x), self.basis) / window_sum
 
     def to_spectrum(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the real and imaginary parts of the spectrum, [B, n_fft + 2, F], from x [same]."""
+        """Returns real and imaginary parts of the spectrum, [B, n_fft + 2, F], from x [same]."""
         log_magnitude, phase = x.chunk(2, dim=1)
         magnitude, angle = log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase.sin()
         return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
@@ -423,17 +423,22 @@ def upsampling_sources(
 
 
 def _width(channels: int, h: Config) -> int:
-    """`channels` by `discriminator_channel_mult`, to a multiple of 16, the most groups of MSD."""
+    """Returns `channels` times `discriminator_channel_mult`, rounded to a multiple of 16.
+
+    MSD's convolutions have up to 16 groups.
+    """
     return max(16, round(channels * h.discriminator_channel_mult / 16) * 16)
 
 
 class PeriodDiscriminator(nn.Module):
-    """Scores a waveform seen as `period` interleaved ones.
+    """Scores every `period`-th sample of a waveform, for each of the `period` offsets.
 
-    wav [B, 1, N] -> (scores [B, S], features), each feature [B, C, S', period].
+    wav [B, 1, N] -> (scores [B, S], features), each feature [B, C, S', period]. The features are
+    the outputs of all convolutions. N is padded to a multiple of `period` by reflection.
 
-    Weights and features have HiFi-GAN's shapes, with (k, 1) kernels. The convolutions run on the
-    transposed picture, where time lies innermost: the same sums, up to 1.6 times as fast on CPUs.
+    Weights and features have HiFi-GAN's shapes, with kernels (k, 1) over time and offset. The
+    convolutions run on the transposed input, with time as the innermost dimension. This computes
+    the same sums up to 1.6 times as fast on CPUs.
 
     Source: HiFi-GAN, section 2.3.
     """
@@ -461,11 +466,12 @@ class PeriodDiscriminator(nn.Module):
 
 
 class ScaleDiscriminator(nn.Module):
-    """Scores a waveform by strided, grouped convolutions.
+    """Scores a waveform at one time scale by strided, grouped convolutions.
 
-    wav [B, 1, N] -> (scores [B, S], features), each feature [B, C, S'].
+    wav [B, 1, N] -> (scores [B, S], features), each feature [B, C, S']. The features are the
+    outputs of all convolutions. `norm` is the weight or spectral norm of every convolution.
 
-    Source: HiFi-GAN, section 2.3; MelGAN.
+    Source: HiFi-GAN, section 2.3; Kumar et al., "MelGAN", NeurIPS 2019.
     """
 
     def __init__(self, norm: Callable[[nn.Module], nn.Module], h: Config):
@@ -490,7 +496,9 @@ class ScaleDiscriminator(nn.Module):
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """MPD: wav [B, 1, N] -> (scores, features), lists with an entry for each period.
+    """Multi-period discriminator (MPD): one PeriodDiscriminator for each of 2, 3, 5, 7 and 11.
+
+    wav [B, 1, N] -> (scores, features), two lists with one entry for each period.
 
     Source: HiFi-GAN, section 2.3.
     """
@@ -505,9 +513,12 @@ class MultiPeriodDiscriminator(nn.Module):
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """MSD: wav [B, 1, N] -> (scores, features), lists with an entry for each scale: N, N/2, N/4.
+    """Multi-scale discriminator (MSD): ScaleDiscriminators of wav and of its averages by 2 and 4.
 
-    Source: HiFi-GAN, section 2.3. The first scale has spectral norm, the others weight norm.
+    wav [B, 1, N] -> (scores, features), two lists with one entry for each scale. The first scale
+    has spectral norm, the others have weight norm.
+
+    Source: HiFi-GAN, section 2.3.
     """
 
     def __init__(self, h: Config):
@@ -527,10 +538,11 @@ class MultiScaleDiscriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """MSD and MPD as one: wav [B, 1, N] -> (scores, features), eight lists of each.
+    """MSD and MPD in one module.
 
-    MSD comes first, as in the parameters of HiFi-GAN's optim_d. Where the config has no use for
-    them, both are empty: nothing learns, and nothing is saved.
+    wav [B, 1, N] -> (scores, features), two lists with one entry for each of the eight
+    discriminators, MSD's first. This is the order of the parameters in HiFi-GAN's optim_d. If the
+    config trains no discriminators, `msd` and `mpd` are empty modules without parameters.
     """
 
     def __init__(self, h: Config):

@@ -90,7 +90,7 @@ def say(text: str) -> None:
 def say_if_slow(precision: str, device: torch.device) -> None:
     """Warns on the first rank if bf16 is slower than fp32 on this device."""
     if precision == "bf16" and not computes_in_bfloat16(device) and rank() == 0:
-        text = "--precision bf16 is slow: this processor does not support bfloat16; use fp32"
+        text = "--precision bf16 is slow: this processor has no bfloat16; use fp32"
         _write(text, "stderr")
 
 

@@ -327,7 +327,8 @@ def _means(report: dict, group: dict) -> str:
     )
     return (
         f"<h3>{_heading(report, group)}</h3>"
-        f'<div class="shown">{_mean_table(group, shown)}</div>{folded}'
+        # On phones, this class hides the intervals, which the folded table repeats.
+        f'<div class="{"shown" if folded else ""}">{_mean_table(group, shown)}</div>{folded}'
         "<details><summary>Differences between systems over the same clips</summary>"
         "<p>Mean of the differences clip by clip, with its interval. Bold: the interval excludes "
         f"zero.</p>{_differences(group)}</details>"

@@ -271,7 +271,7 @@ def test_min_samples_counts_after_resampling(tmp_path, times):
     path = tmp_path / "a.wav"
     soundfile.write(path, noise(256 * times), RATE * times)
     assert len(load_wav(path, RATE, min_samples=256)) == 256
-    soundfile.write(path, noise(255 * times), RATE * times)
+    soundfile.write(path, np.zeros(255 * times), RATE * times)
     with pytest.raises(UserError, match=r"a\.wav: 255 samples at 22050 Hz; expected at least 256"):
         load_wav(path, RATE, min_samples=256)
 

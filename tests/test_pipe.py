@@ -1,4 +1,4 @@
-"""inference_e2e.py in a pipe: frames in, sound out, while more frames are to come."""
+"""inference_e2e.py in a pipe: samples are written while frames arrive."""
 
 import io
 import os
@@ -12,26 +12,29 @@ import pytest
 import soundfile
 import torch
 
+from audio import load_wav
 from env import UserError
 from inference import Streamer, load_generator, synthesize
-from inference_e2e import speak
+from inference_e2e import vocode_pipe
+from meldataset import LogMelSpectrogram
 from tests.conftest import new_checkpoint, random_mel
 from tools.toy import ROOT
 
 HEADER = 44  # bytes
 FRAMES = 60
-NAN_LAST = np.array([*[0] * 159, np.nan], "<f4").tobytes()  # two frames
+RECORDING = ROOT / "pretrained/samples/index_files/0001-0.flac"
+LATENCY = "latency: 13 frames, 151 ms"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A toy generator that listens to all of its receptive field."""
+    """A toy generator that depends on all of its receptive field."""
     return new_checkpoint(tmp_path_factory.mktemp("cp"))
 
 
 @pytest.fixture
 def pipe(checkpoint):
-    """The command, waiting for frames; killed where a test would wait for ever."""
+    """The command, waiting for frames; it is killed if a test would wait for ever."""
     command = [sys.executable, "inference_e2e.py", "--checkpoint_file", str(checkpoint)]
     command += ["--input_mels_dir", "-", "--device", "cpu"]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -44,88 +47,109 @@ def pipe(checkpoint):
         process.kill()
 
 
-def as_frames(mel: torch.Tensor) -> bytes:
-    """A mel [num_mels, T] as the pipe takes it."""
+def as_bytes(mel: torch.Tensor) -> bytes:
+    """Returns a mel [num_mels, T] as frames of little-endian float32."""
     return mel.T.numpy().astype("<f4").tobytes()
 
 
+def speech_mel(h) -> torch.Tensor:
+    wav = load_wav(RECORDING, h.sampling_rate)[: h.sampling_rate]
+    return LogMelSpectrogram(h, h.fmax)(wav[None])[0]
+
+
 def assert_whole(sound: bytes, checkpoint, mel: torch.Tensor) -> None:
-    """`sound` is a wav that holds what `synthesize` makes of `mel`."""
+    """Compares a wav with `synthesize` of `mel`."""
     generator, h = load_generator(checkpoint)
     expected = synthesize(generator, mel).clamp(-1, 1).numpy() * 32767
     samples, rate = soundfile.read(io.BytesIO(sound), dtype="int16")
     assert rate == h.sampling_rate
     assert samples.shape == expected.shape
-    assert expected.std() > 1000  # no silence
-    # Rounded, and 1e-5 off in one of the two.
+    assert expected.std() > 1000
+    # Rounded to integers, from samples that are equal to 1e-5.
     np.testing.assert_allclose(samples, expected, rtol=0, atol=0.5 + 1e-5 * 32767)
 
 
-def test_it_speaks_before_the_last_frame_is_sent(pipe, checkpoint):
+def test_samples_are_written_before_the_last_frame_is_read(pipe, checkpoint):
+    """Standard output is the wav alone; the latency is printed on standard error."""
     mel = random_mel(FRAMES)
     generator, _ = load_generator(checkpoint)
-    first_final = generator.receptive_field[1] + 1
+    first_final = Streamer(generator).latency + 1
     assert first_final < FRAMES - 10
     for frame in range(first_final):
-        pipe.stdin.write(as_frames(mel[:, frame : frame + 1]))
+        pipe.stdin.write(as_bytes(mel[:, frame : frame + 1]))
         pipe.stdin.flush()
-    sound = pipe.stdout.read(HEADER + 2 * generator.hop_size)  # all of the first frame
-    assert len(sound) == HEADER + 2 * generator.hop_size
+    size = HEADER + 2 * generator.hop_size  # of the first frame
+    sound = b""
+    while len(sound) < size:  # not by pipe.stdout, which would take bytes from `communicate`
+        piece = os.read(pipe.stdout.fileno(), size)
+        assert piece
+        sound += piece
     assert pipe.poll() is None
-    rest, messages = pipe.communicate(as_frames(mel[:, first_final:]))
-    assert pipe.returncode == 0, messages
+    rest, messages = pipe.communicate(as_bytes(mel[:, first_final:]))
+    assert pipe.returncode == 0
+    assert messages.decode().splitlines() == [LATENCY]
     assert_whole(sound + rest, checkpoint, mel)
 
 
-def test_a_stream_cut_amid_a_frame_is_spoken_and_said(pipe, checkpoint):
+def test_an_end_within_a_frame_is_an_error_after_the_sound(pipe, checkpoint):
     mel = random_mel(FRAMES)
-    sound, messages = pipe.communicate(as_frames(mel) + b"\0" * 7)
+    sound, messages = pipe.communicate(as_bytes(mel) + b"\0" * 7)
     assert_whole(sound, checkpoint, mel)
     assert pipe.returncode == 1
     expected = (
-        "error: standard input: 60 frames and 7 bytes; expected each of 80 float32, 320 bytes"
+        "error: standard input: 60 frames and 7 bytes; expected frames of 80 float32 values, "
+        "320 bytes each"
     )
-    assert messages.decode().splitlines() == [expected]
+    assert messages.decode().splitlines() == [LATENCY, expected]
+
+
+def test_it_ends_silently_if_its_output_is_closed(pipe):
+    pipe.stdout.close()
+    pipe.stdout = None
+    _, messages = pipe.communicate(as_bytes(random_mel(FRAMES)))
+    assert pipe.returncode == 128 + signal.SIGPIPE
+    assert messages.decode().splitlines() == [LATENCY]
+
+
+def npy(mel: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, mel.numpy())
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("frames", "said", "spoken"),
+    ("data", "message", "frames"),
     [
-        (b"", "0 frames and 0 bytes; expected each of 80", 0),
-        (NAN_LAST, "NaN or infinity after frame 1", 1),
+        (b"", "0 frames and 0 bytes; expected frames of 80 float32 values", 0),
+        (as_bytes(torch.tensor([[0.0, np.nan]]).expand(80, 2)), "NaN or infinity after frame 1", 1),
+        (npy(torch.zeros(80, 5)), "a .npy file; expected raw float32 frames", 0),
     ],
-    ids=["nothing", "NaN"],
+    ids=["nothing", "NaN", "npy"],
 )
-def test_what_is_no_mel_is_refused_and_what_came_before_is_spoken(checkpoint, frames, said, spoken):
+def test_other_data_is_refused_after_the_sound_of_the_frames_before_it(
+    checkpoint, data, message, frames
+):
     (generator, h), sound = load_generator(checkpoint), io.BytesIO()
-    with pytest.raises(UserError, match=said):
-        speak(Streamer(generator), io.BytesIO(frames), sound, most_frames=9)
-    assert len(sound.getvalue()) == 2 * spoken * h.hop_size
+    with pytest.raises(UserError, match=message):
+        vocode_pipe(Streamer(generator), io.BytesIO(data), sound, max_frames=9)
+    assert len(sound.getvalue()) == 2 * frames * h.hop_size
 
 
-def test_it_ends_without_a_word_when_nobody_listens(pipe):
-    pipe.stdout.close()
-    pipe.stdout = None
-    _, messages = pipe.communicate(as_frames(random_mel(FRAMES)))
-    assert pipe.returncode == 128 + signal.SIGPIPE
-    assert messages == b""
-
-
-def test_messages_leave_the_sound_alone(checkpoint, tmp_path):
-    """What is said while the config is read, of a file of y-chan's port, goes to standard error."""
-    mel = random_mel(5)
-    (tmp_path / "frames").write_bytes(as_frames(mel))
-    program = (
-        "import inference_e2e, utils\n"
-        "start = inference_e2e.start\n"
-        "inference_e2e.start = lambda a: (utils.say('a word'), print('another'), start(a))[2]\n"
-        "utils.command_line(inference_e2e.main)"
-    )
-    flags = ["--input_mels_dir", "-", "--checkpoint_file", str(checkpoint), "--device", "cpu"]
-    with open(tmp_path / "frames", "rb") as frames:
-        done = subprocess.run(
-            [sys.executable, "-c", program, *flags], cwd=ROOT, stdin=frames, capture_output=True
-        )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.decode().split("\n") == ["a word", "another", ""]
-    assert_whole(done.stdout, checkpoint, mel)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (as_bytes, None),
+        (lambda mel: as_bytes(mel / np.log(10)), "expected natural logarithms"),
+        (lambda mel: as_bytes(mel.reshape(-1, 80).T), "send mel.T, not mel [num_mels, T]"),
+    ],
+    ids=["good", "log10", "transposed"],
+)
+def test_the_first_frames_are_checked_and_a_warning_is_printed_once(
+    checkpoint, capsys, change, message
+):
+    generator, h = load_generator(checkpoint)
+    data = io.BytesIO(change(speech_mel(h)))
+    vocode_pipe(Streamer(generator), data, io.BytesIO(), max_frames=9)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (message is not None)
+    assert all(line.startswith("standard input: ") and message in line for line in lines)
