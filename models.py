@@ -23,7 +23,15 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from env import Config
-from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, reshape, scale_conv
+from fastconv import (
+    Conv1d,
+    ConvTranspose1d,
+    channels_last,
+    conv_along_time,
+    is_channels_last,
+    reshape,
+    scale_conv,
+)
 from harmonic import LRELU_SLOPE, HarmonicNoiseHead, PhaseState
 from meldataset import SILENT_LOG_MEL
 
@@ -43,8 +51,10 @@ class LookaheadConv1d(Conv1d):
         self.time_padding = (dilation * (kernel_size - 1) - lookahead, lookahead)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Padded as [B, T, C], so that a channels-last x stays so.
-        x = F.pad(x.transpose(1, 2), (0, 0, *self.time_padding)).transpose(1, 2)
+        if is_channels_last(x):  # it stays so
+            x = F.pad(x.transpose(1, 2), (0, 0, *self.time_padding)).transpose(1, 2)
+        else:
+            x = F.pad(x, self.time_padding)
         return super().forward(x)
 
 

@@ -1,9 +1,11 @@
 """The harmonic-plus-noise head against sums of cosines, PyTorch's STFT and least squares."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +28,7 @@ from models import Generator
 from tools.toy import speech_like, toy_config
 
 FRAME_RATE = "configs/frame_v2.json"
+GOLDEN = Path(__file__).parent / "golden"
 ODD = {"hop_size": 200, "n_fft": 900, "win_size": 800, "segment_size": 4000}
 SMALL = {"hop_size": 32, "n_fft": 128, "win_size": 128, "num_mels": 10}
 SMALL_ODD = {"hop_size": 30, "n_fft": 130, "win_size": 120, "num_mels": 10, "segment_size": 2100}
@@ -355,3 +358,23 @@ def test_bf16_runs_in_the_refiner_and_is_close_to_fp32(tmp_path):
     assert bf16.conv_post.weight.dtype == wavs[1].dtype == torch.float32
     mels = [LogMelSpectrogram(h, h.fmax)(wav) for wav in wavs]
     assert 0 < float((mels[0] - mels[1]).abs().mean()) < 0.1
+
+
+def golden_generator(h: Config) -> Generator:
+    """Returns a generator whose weights follow from NumPy's RandomState, which never changes."""
+    generator, random = Generator(h), np.random.RandomState(0)
+    generator = to_inference(generator, torch.device("cpu"), "fp32").double()
+    for _, weight in sorted(generator.named_parameters()):
+        values = random.standard_normal(tuple(weight.shape))
+        weight.copy_(torch.from_numpy(0.3 * values / math.sqrt(max(1, weight[0].numel()))))
+    return generator
+
+
+@pytest.mark.parametrize("name", ["frame_v2", "frame_v3"])
+def test_a_stored_mel_gives_the_stored_samples(tmp_path, name):
+    """tests/golden/<name>.wav is the output of this generator when the tests above had passed."""
+    mel = torch.from_numpy(np.load(GOLDEN / "mel.npy")) - 1  # within full scale
+    wav = golden_generator(toy_config(tmp_path, f"configs/{name}.json"))(mel[None])[0, 0]
+    expected, _ = soundfile.read(GOLDEN / f"{name}.wav")
+    assert expected.std() > 0.01 and np.abs(expected).max() < 0.9
+    np.testing.assert_allclose(wav, expected, rtol=0, atol=1e-4)

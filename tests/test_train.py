@@ -249,7 +249,7 @@ def test_compiled_models_make_the_same_losses(tmp_path):
 @pytest.mark.parametrize("config", ["config_v2.json", "configs/frame_v3.json"])
 def test_compile_reaches_the_modules_that_training_calls(tmp_path, monkeypatch, config):
     compiled = []
-    monkeypatch.setattr(nn.Module, "compile", compiled.append)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
     state = build_state(toy_config(tmp_path, config), CPU)
     state.compile()
     assert compiled == [state.ddp_generator, state.ddp_discriminators]
