@@ -105,7 +105,9 @@ def test_samples_arrive_before_the_mel_ends(address, generator):
         frames = json.loads(socket.recv())["latency_ms"] * 22.05 / 256
         for message in messages(random_mel(round(frames) + 1), sizes=(1,)):
             socket.send(message)
-        assert len(socket.recv(timeout=10)) == 2 * 256
+        received = 0
+        while received < 2 * 256:
+            received += len(socket.recv(timeout=10))
 
 
 def test_a_minute_plays_without_a_gap(address, generator):
