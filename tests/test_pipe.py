@@ -18,7 +18,7 @@ from inference import Streamer, load_generator, synthesize
 from inference_e2e import vocode_pipe
 from meldataset import LogMelSpectrogram
 from tests.conftest import new_checkpoint, random_mel
-from tools.toy import ROOT
+from tools.toy import ROOT, speech_like
 
 HEADER = 44  # bytes
 FRAMES = 60

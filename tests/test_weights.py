@@ -161,7 +161,10 @@ def test_a_file_without_a_generator_is_refused_and_its_keys_are_named(contents, 
 
 FOREIGN_FILES = {
     "empty": (b"", "an empty file"),
-    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS; run `git lfs pull`"),
+    "LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid",
+        "a pointer of Git LFS; run `git lfs pull`",
+    ),
     "page": (b"\n<!DOCTYPE html><html>", "a web page; download the file itself"),
     "tar.gz": (b"\x1f\x8b\x08\0", "an archive of another kind; name a g_* file out of it"),
     "safetensors": (b"\x10" + bytes(7) + b'{"conv_pre.bias"', "of safetensors; write it by torch"),
@@ -180,7 +183,9 @@ def test_weights_of_another_model_name_one_layer_that_is_missing(tmp_path):
     weights = {"conv_pre.bias": torch.zeros(3)}
     with pytest.raises(UserError) as error:
         load_weights(Generator(toy_config(tmp_path)), weights, "a.pth")
-    assert re.search(r'^a\.pth: does not fit .* state_dict: "[^"]*" and \d+ more$', str(error.value))
+    assert re.search(
+        r'^a\.pth: does not fit .* state_dict: "[^"]*" and \d+ more$', str(error.value)
+    )
 
 
 @pytest.mark.parametrize("config", ["config_v2.json", MRF_CONFIG, "configs/istft_v2.json"])
