@@ -196,8 +196,8 @@ def joined_processes(device: torch.device) -> Iterator[None]:
     Raises:
         UserError: another process has ended or cannot be reached.
     """
-    init_processes(device)
     try:
+        init_processes(device)
         yield
     except UserError:
         leave_processes()  # every process raises one at the same point: see agree_on_error
@@ -219,7 +219,11 @@ def init_processes(device: torch.device) -> None:
     if world_size() == 1:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PROCESS_TIMEOUT)
+    try:
+        dist.init_process_group(backend, timeout=PROCESS_TIMEOUT)
+    except ValueError as error:  # of the variables of torchrun
+        address, port = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UsageError(f"MASTER_ADDR={address}, MASTER_PORT={port}: {error}") from None
 
 
 def leave_processes() -> None:
