@@ -24,6 +24,7 @@ from inference import load_generator
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
 from models import Generator
 from onnx_graph import GraphGenerator
+from onnx_storage import compact
 from onnx_stream import StreamGenerator
 from utils import atomic_write, command_line, command_parser
 
@@ -61,23 +62,6 @@ def in_half_precision(generator: Generator) -> Generator:
         if parameter.dim() > 1:
             parameter.copy_(parameter.half())
     return generator
-
-
-def store_halves(model: "onnx.ModelProto") -> None:
-    """Stores the weights of `model` that fp16 holds exactly as fp16; it computes in fp32 still.
-
-    Each is cast once, when the file is loaded.
-    """
-    from onnx import TensorProto, helper, numpy_helper
-
-    for tensor in model.graph.initializer:
-        weight = numpy_helper.to_array(tensor)
-        if weight.ndim < 2 or weight.dtype != "float32" or (weight != weight.astype("f2")).any():
-            continue
-        name, half = tensor.name, f"{tensor.name}.half"
-        tensor.CopyFrom(numpy_helper.from_array(weight.astype("f2"), half))
-        cast = helper.make_node("Cast", [half], [name], to=TensorProto.FLOAT)
-        model.graph.node.insert(0, cast)
 
 
 def to_onnx(generator: Generator, h: Config) -> "onnx.ModelProto":
@@ -136,7 +120,9 @@ def trace(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **names) ->
             do_constant_folding=False,  # ONNX Runtime does it, and the file stays small
             **names,
         )
-    return onnx.load_from_string(contents.getvalue())
+    model = onnx.load_from_string(contents.getvalue())
+    compact(model)
+    return model
 
 
 def describe_mel(model: "onnx.ModelProto", h: Config) -> None:
@@ -201,8 +187,6 @@ def exported(generator: Generator, h: Config, a: argparse.Namespace) -> bytes:
     """
     rounded = in_half_precision(generator) if a.precision == "fp16" else generator
     model = to_onnx(rounded, h)
-    if a.precision == "fp16":
-        store_halves(model)
     contents = model.SerializeToString()
     difference = largest_difference(contents, rounded)
     shapes = ", ".join(f"{B} x {T}" for B, T in checked_shapes(generator))

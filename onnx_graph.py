@@ -25,6 +25,7 @@ from harmonic import (
     HarmonicNoiseHead,
     PulseTrain,
     Refiner,
+    white_noise,
 )
 from meldataset import MIN_MAGNITUDE, SILENT_LOG_MEL
 from models import MISR, POST_LRELU_SLOPE, Generator, time_padding
@@ -176,28 +177,32 @@ class GraphSTFT(nn.Module):
         self.hops = stft.overlap + 1
         self.rows = N1 // 2 + 1  # of k1
         k1, n2 = torch.arange(self.rows), torch.arange(N2)
-        # In the order of the convolution's weight: n2, k1, then n1 within its hop, hop.
+        # In the order of the convolution's weight: n2, k1, n1 within its hop, hop.
         n1 = torch.arange(self.hops * self.per_hop).reshape(self.hops, self.per_hop).T
         n = N2 * n1 + n2[:, None, None, None]
-        window = F.pad(stft.window.double(), (0, self.hops * hop_size - n_fft))[n]
-        inner = window * roots_of_unity(n * k1[:, None, None], n_fft)
-        inner = torch.stack([inner.real, inner.imag], dim=1).flatten(0, 2)
-        outer = roots_of_unity(n2[:, None] * n2, N2)  # [k2, n2]
-        outer = torch.stack(
-            [
-                torch.stack([outer.real, -outer.imag], dim=2),
-                torch.stack([outer.imag, outer.real], dim=2),
-            ]
-        )
-        counts = torch.where((k1 == 0) | (2 * k1 == N1), 1, 2) / n_fft
-        squares = stft.window.square()
-        squares = F.pad(squares, (0, self.hops * hop_size - n_fft)).reshape(self.hops, -1, N2)
-        self.register_buffer("inner", inner.float())
+        window = F.pad(stft.window, (0, self.hops * hop_size - n_fft))
+        self.register_buffer("n", n)
+        self.register_buffer("window", window[n])
+        self.register_buffer("roots", torch.stack(roots_of_unity(torch.arange(n_fft), n_fft)).float())
+        re, im = roots_of_unity(n2[:, None] * n2, N2)  # [k2, n2]
+        outer = torch.stack([torch.stack([re, -im], dim=2), torch.stack([im, re], dim=2)])
         self.register_buffer("outer", outer.reshape(2 * N2, 2 * N2).float())
+        counts = torch.where((k1 == 0) | (2 * k1 == N1), 1, 2) / n_fft
         self.register_buffer("counts", counts.repeat(2 * N2)[:, None, None].float())
+        squares = window.square().reshape(self.hops, self.per_hop, N2)
         self.register_buffer("squares", squares.permute(2, 1, 0).reshape(1, hop_size, -1))
         k = (k1 + N1 * n2[:, None]).flatten()
         self.bins = torch.minimum(k, n_fft - k)
+
+    def prepare(self) -> None:
+        """Computes the weights of the two convolutions.
+
+        Runtimes do it once, when they load the file, which is smaller without them.
+        """
+        powers = self.n * torch.arange(self.rows)[:, None, None] % self.n_fft
+        inner = torch.cat([self.roots[0][powers], self.roots[1][powers]], dim=1) * self.window
+        self.inner = inner.flatten(0, 1)
+        self.inverse_inner = self.inner * self.counts
 
     def forward(self, hops: torch.Tensor) -> torch.Tensor:
         B, frames = hops.shape[0], hops.shape[2] - self.hops + 1
@@ -210,7 +215,7 @@ class GraphSTFT(nn.Module):
         B, frames = z.shape[0], z.shape[3]
         x = self.outer.T @ z.reshape(B, 2 * self.groups, -1)
         x = x.reshape(B, 2 * self.groups * self.rows, frames)
-        return F.conv_transpose1d(x, self.inner * self.counts, groups=self.groups)
+        return F.conv_transpose1d(x, self.inverse_inner, groups=self.groups)
 
     def normaliser(self, valid: torch.Tensor) -> torch.Tensor:
         """Returns one over the sum of squared windows of the valid frames [B, 1, T], 1 or 0."""
@@ -234,10 +239,10 @@ def number_of_groups(n_fft: int, hop_size: int) -> int:
     return min(divisors, key=lambda n2: n_fft // n2 + 2 * n2)
 
 
-def roots_of_unity(powers: torch.Tensor, n: int) -> torch.Tensor:
-    """Returns exp(-2 pi i p / n), complex128, for integers p [...]."""
+def roots_of_unity(powers: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the real and imaginary parts of exp(-2 pi i p / n), float64, for integers p [...]."""
     angle = -2 * math.pi * (powers % n).double() / n
-    return torch.polar(torch.ones_like(angle), angle)
+    return angle.cos(), angle.sin()
 
 
 class GraphHead(nn.Module):
@@ -275,6 +280,7 @@ class GraphHead(nn.Module):
         self.register_buffer("to_bins", torch.tensor([where[int(k)] for k in order]))
 
     def forward(self, x: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
+        self.prepare()
         correction, aperiodicity, f0, conditioning = x.split(self.splits, dim=1)
         aperiodicity = aperiodicity.sigmoid()
         pulses, noise = self.source(f0, self.voicing(aperiodicity))
@@ -286,6 +292,11 @@ class GraphHead(nn.Module):
         wav = self.stft.to_wav(self.griffin_lim(spectrum, magnitude))
         before, after = self.stft.margins
         return wav[:, None, before : wav.shape[1] - after]
+
+    def prepare(self) -> None:
+        """Computes what does not depend on the input; must come first."""
+        self.stft.prepare()
+        self.source.prepare()
 
     def voicing(self, aperiodicity: torch.Tensor) -> torch.Tensor:
         """Returns how voiced each frame is, [B, 1, T]."""
@@ -374,8 +385,15 @@ class GraphSource(nn.Module):
         half = (head.hop_size + 1) // 2
         later = torch.cat([head.pulse_train.weights[2, half:], head.pulse_train.weights[1, :half]])
         self.register_buffer("later", later)
-        noise = head.noise.roll(self.margins[0]).reshape(-1, head.hop_size)
-        self.register_buffer("noise", noise)
+        # The positions of the samples of each hop; the first starts the margin before frame 0.
+        starts = torch.arange(0, len(head.noise), self.hop_size) - self.margins[0]
+        self.register_buffer("hop_starts", starts[:, None])
+        self.register_buffer("in_hop", torch.arange(self.hop_size))
+
+    def prepare(self) -> None:
+        """Computes the noise [frames, hop_size], as GraphSTFT.prepare does its weights."""
+        samples = self.hop_starts.numel() * self.hop_size
+        self.noise = white_noise((self.hop_starts + self.in_hop) % samples)
 
     def forward(self, f0: torch.Tensor, voicing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_f0 = self.log_f0(f0)

@@ -246,6 +246,7 @@ class HarmonicStream(nn.Module):
 
     def forward(self, piece: Piece, mel: torch.Tensor, state: State, clock: Clock) -> Piece:
         head = self.head
+        head.prepare()
         mel = state.delayed("delayed_mel", mel, piece.delay)
         correction, aperiodicity, f0, conditioning = piece.x[:, :, 0].split(head.splits, dim=1)
         aperiodicity = aperiodicity.sigmoid()
