@@ -183,7 +183,9 @@ class GraphSTFT(nn.Module):
         window = F.pad(stft.window, (0, self.hops * hop_size - n_fft))
         self.register_buffer("n", n)
         self.register_buffer("window", window[n])
-        self.register_buffer("roots", torch.stack(roots_of_unity(torch.arange(n_fft), n_fft)).float())
+        self.register_buffer(
+            "roots", torch.stack(roots_of_unity(torch.arange(n_fft), n_fft)).float()
+        )
         re, im = roots_of_unity(n2[:, None] * n2, N2)  # [k2, n2]
         outer = torch.stack([torch.stack([re, -im], dim=2), torch.stack([im, re], dim=2)])
         self.register_buffer("outer", outer.reshape(2 * N2, 2 * N2).float())
@@ -256,7 +258,10 @@ class GraphHead(nn.Module):
         super().__init__()
         self.stft, self.source = GraphSTFT(head.stft), GraphSource(head)
         self.refiner = GraphRefiner(head.refiner)
-        self.griffin_lim_steps, self.max_log_magnitude = head.griffin_lim_steps, head.max_log_magnitude
+        self.griffin_lim_steps, self.max_log_magnitude = (
+            head.griffin_lim_steps,
+            head.max_log_magnitude,
+        )
         bins, patches = head.stft.n_fft // 2 + 1, head.refiner.patches
         order = torch.arange(bins)
         in_patches = order[: patches * PATCH_BINS].reshape(patches, PATCH_BINS).T.flatten()
@@ -333,7 +338,9 @@ class GraphHead(nn.Module):
         phase, previous = spectrum * (magnitude / power.sqrt()), None
         phase_to_magnitude = WithMagnitude(magnitude)
         for step in range(self.griffin_lim_steps):
-            wav = self.stft.inverse(phase_to_magnitude(phase, is_extrapolated=step > 1)) * normaliser
+            wav = (
+                self.stft.inverse(phase_to_magnitude(phase, is_extrapolated=step > 1)) * normaliser
+            )
             spectrum = self.stft(wav)
             phase = spectrum if step == 0 else extrapolate(previous, spectrum)
             previous = spectrum
@@ -452,9 +459,7 @@ class GraphRefiner(nn.Module):
         self.bias = refiner.linear_post.bias
         # ONNX Runtime is ten times as slow where the channels are no multiple of four.
         self.to_fill = -self.conv_pre.weight.shape[1] % 4
-        self.conv_pre.weight = parameter(
-            F.pad(self.conv_pre.weight, (0, 0, 0, 0, 0, self.to_fill))
-        )
+        self.conv_pre.weight = parameter(F.pad(self.conv_pre.weight, (0, 0, 0, 0, 0, self.to_fill)))
         # Refiner divides its pictures by LOG_MAG_SCALE; and log powers are twice log magnitudes.
         scale = torch.tensor([1, 0.5, 0.5, 1, 1, LOG_MAG_SCALE]) / LOG_MAG_SCALE
         scale = torch.cat(

@@ -1,4 +1,4 @@
-"""A generator as a graph with explicit state: FRAMES frames of mel in, FRAMES * hop_size samples out.
+"""A generator as a graph with explicit state: n frames of mel in, n * hop_size samples out.
 
 The samples equal those of `streaming.Streamer`, later by a fixed number of samples. Every layer
 processes as many positions in each piece. Positions before the mel's first frame and after its last
@@ -273,7 +273,7 @@ class HarmonicStream(nn.Module):
     def excitation(
         self, tracks: torch.Tensor, delay: int, state: State, clock: Clock
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns Z of pulses and noise from the tracks of log F0 and voicing, [2, n] in float64."""
+        """Returns Z of pulses and noise from log F0 and voicing, tracks [2, n] in float64."""
         source, stft = self.head.source, self.head.stft
         f0, phase, voicing = self.windows(tracks, clock.positions(1, delay), state)
         wrapped_phase = (phase - phase.round()).float()
@@ -316,9 +316,7 @@ class HarmonicStream(nn.Module):
         whole = next_phase.round()
         state.write(next_phase - whole)
         past_phase = start + first_f0 / rate * (torch.arange(size) - size)
-        held = torch.cat(
-            [first_f0.expand(1, size), past_phase, first[1:].expand(1, size)]
-        )
+        held = torch.cat([first_f0.expand(1, size), past_phase, first[1:].expand(1, size)])
         past = state.read("excitation", 3, size, dtype=torch.float64)
         past = torch.where(is_start, held, past)
         signals = torch.cat([past, torch.cat([f0, phase, voicing])], dim=1)
