@@ -42,7 +42,7 @@ MODEL_TYPE = "hifigan"  # by which sherpa-onnx recognises a vocoder from log-mel
 CHECKED_SHAPES = ((1, 1), (1, 2), (1, 33), (2, 100), (1, 333))  # B, T
 MAX_DIFFERENCE = 1e-4  # of the peak of the waveform
 # The phase of frame-rate generators sums up the rounding of F0, and Griffin-Lim magnifies it. Of
-# random mels, the samples after a second no longer tell rounding from mistakes, but the log-mels do:
+# random mels, the samples after a second do not tell rounding from mistakes, but the log-mels do:
 # their mean difference is at most 0.0004 from rounding, and 0.15 when the noise is another one.
 FRAME_RATE_SHAPES = ((1, 1), (1, 2), (1, 33), (2, 20))
 MAX_FRAME_RATE_DIFFERENCE = 1e-2
