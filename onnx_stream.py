@@ -90,11 +90,15 @@ class Clock:
         return ((positions >= 0) & (positions < self.length * rate + extra)).float()
 
     def mask(self, piece: Piece) -> torch.Tensor:
-        """Returns 1 for positions of the signal and 0 for others, [n * rate]."""
-        key = piece[1:]
+        """Returns 1 for positions of the signal and 0 for others, [rows, n * rate].
+
+        Of all rows, because ONNX Runtime is slow to repeat short rows.
+        """
+        key = piece.x.shape[2], *piece[1:]
         if key not in self.masks:
             positions = self.positions(piece.rate, piece.delay)
-            self.masks[key] = self.is_valid(positions, piece.rate, piece.extra)
+            mask = self.is_valid(positions, piece.rate, piece.extra)
+            self.masks[key] = mask.expand(piece.x.shape[2], -1)
         return self.masks[key]
 
 
@@ -265,7 +269,7 @@ class HarmonicStream(nn.Module):
         spectrum = state.delayed("spectrum", spectrum, wait)
         log_magnitude = state.delayed("log_magnitude", log_magnitude, wait)
         magnitude = head.magnitude(log_magnitude + head.refiner.to_bins(patches.x))
-        magnitude = magnitude * clock.mask(patches)
+        magnitude = magnitude * clock.mask(patches._replace(x=magnitude))
         wav = self.griffin_lim(spectrum, magnitude, patches.delay, state, clock)
         delay = (patches.delay + self.lookahead) * head.stft.hop_size + head.stft.margins[0]
         return Piece(wav.unsqueeze(1), rate=head.stft.hop_size, delay=delay)

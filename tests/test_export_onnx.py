@@ -22,7 +22,7 @@ from onnx_graph import GraphSTFT
 from tests.conftest import new_generator, random_mel
 from tools.toy import ROOT, run_main, speech_like, toy_config
 
-ONE_STAGE = {"upsample_rates": [256], "upsample_kernel_sizes": [256]}
+ONE_STAGE = {"upsample_rates": [256], "upsample_kernel_sizes": [512]}
 FRAME_RATE = {"griffin_lim_steps": 4, "refiner_channels": 4}
 SMALL_STFT = {"n_fft": 90, "win_size": 72, "hop_size": 20, "segment_size": 2000, "num_mels": 20}
 GENERATORS = {
@@ -39,9 +39,11 @@ GENERATORS = {
         {"upsample_rates": [64], "upsample_kernel_sizes": [128]},
     ),
     "frame rate": ("configs/frame_v2.json", FRAME_RATE),
-    "frame rate, ResBlock2": ("configs/frame_v3.json", FRAME_RATE),
-    "frame rate, look-ahead": ("configs/frame_v3.json", FRAME_RATE | {"lookahead_frames": 2}),
-    "frame rate, odd STFT": ("configs/frame_v3.json", FRAME_RATE | SMALL_STFT),
+    "frame rate, ResBlock2": ("configs/frame_v3.json", FRAME_RATE | SMALL_STFT),
+    "frame rate, look-ahead": (
+        "configs/frame_v2.json",
+        FRAME_RATE | SMALL_STFT | {"lookahead_frames": 2},
+    ),
 }
 
 
@@ -103,13 +105,13 @@ def test_onnx_runtime_gives_pytorchs_samples(generator_and_config):
         assert_same(vocoder(mel), expected, allowed)
 
 
-@pytest.mark.parametrize("frames", [1, 3])
-def test_a_stream_gives_the_samples_of_streamer(generator_and_config, frames):
+def test_a_stream_gives_the_samples_of_streamer(generator_and_config):
     """At the start and at the end, too, and with mels shorter than what a stream waits for."""
     generator, h = generator_and_config
+    frames = 1 if h.resblock == "2" else 3
     vocoder = OnnxVocoder(export_onnx.to_stream_onnx(generator, h, frames).SerializeToString())
     allowed = 2e-3 if h.is_frame_rate else 1e-5
-    for length in (1, 2, 5, 60):
+    for length in (1, 2, 5, 50):
         mel = torch.rand(h.num_mels, length) * 12 - 11
         streamer = Streamer(generator)
         expected = torch.cat([streamer.feed(mel), streamer.flush()])
