@@ -23,7 +23,6 @@ from harmonic import (
     PHASE_SOFTNESS,
     STFT,
     HarmonicNoiseHead,
-    PulseTrain,
     Refiner,
     white_noise,
 )
@@ -384,7 +383,7 @@ class GraphSource(nn.Module):
     def __init__(self, head: HarmonicNoiseHead):
         super().__init__()
         self.margins, self.hop_size = head.stft.margins, head.hop_size
-        self.pulse_train, self.burst_envelope = PulseWave(head.pulse_train), head.burst_envelope
+        self.pulse_train, self.burst_envelope = head.pulse_train, head.burst_envelope
         self.sampling_rate = head.pulse_train.sampling_rate
         self.register_buffer("log_f0_candidates", head.log_f0_candidates[None])
         self.register_buffer("weights", head.pulse_train.weights[::2].float())
@@ -436,16 +435,6 @@ class GraphSource(nn.Module):
         """Returns as much noise [N + margins] as x [B, N + margins] is long."""
         hops = torch.arange(x.shape[1] // self.hop_size) % len(self.noise)
         return self.noise[hops].flatten()
-
-
-class PulseWave(nn.Module):
-    """PulseTrain's forward: f0 and wrapped_phase [B, N] -> pulses [B, N]."""
-
-    def __init__(self, pulse_train: PulseTrain):
-        super().__init__()
-        self.sampling_rate = pulse_train.sampling_rate
-
-    forward = PulseTrain.forward
 
 
 class GraphRefiner(nn.Module):
