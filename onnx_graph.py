@@ -289,10 +289,10 @@ class GraphHead(nn.Module):
         aperiodicity = aperiodicity.sigmoid()
         pulses, noise = self.source(f0, self.voicing(aperiodicity))
         pulses, noise = (self.stft(self.stft.to_hops(wav)) for wav in (pulses, noise))
-        spectrum, log_magnitude, picture = self.unrefined(
+        spectrum, log_magnitude, patches = self.unrefined(
             pulses, noise, correction, aperiodicity, mel, conditioning
         )
-        magnitude = self.magnitude(log_magnitude + self.refiner(picture))
+        magnitude = self.magnitude(log_magnitude + self.refiner(patches))
         wav = self.stft.to_wav(self.griffin_lim(spectrum, magnitude))
         before, after = self.stft.margins
         return wav[:, None, before : wav.shape[1] - after]
@@ -317,8 +317,8 @@ class GraphHead(nn.Module):
         levels = self.mel_to_bins @ mel
         gain = levels - self.mel_to_bins @ log_mel
         log_magnitude = magnitude.log() + gain + correction
-        pictures = (log_magnitude, powers[1].log(), powers[2].log(), gain, levels, aperiodicity)
-        return spectrum, log_magnitude, self.refiner.to_patches(pictures, conditioning)
+        maps = (log_magnitude, powers[1].log(), powers[2].log(), gain, levels, aperiodicity)
+        return spectrum, log_magnitude, self.refiner.to_patches(maps, conditioning)
 
     def power(self, z: torch.Tensor) -> torch.Tensor:
         """Returns the power [B, bins, T] of Z, at least EPSILON squared."""
@@ -449,7 +449,7 @@ class GraphRefiner(nn.Module):
         # ONNX Runtime is ten times as slow where the channels are no multiple of four.
         self.to_fill = -self.conv_pre.weight.shape[1] % 4
         self.conv_pre.weight = parameter(F.pad(self.conv_pre.weight, (0, 0, 0, 0, 0, self.to_fill)))
-        # Refiner divides its pictures by LOG_MAG_SCALE; and log powers are twice log magnitudes.
+        # Refiner divides its maps by LOG_MAG_SCALE; and log powers are twice log magnitudes.
         scale = torch.tensor([1, 0.5, 0.5, 1, 1, LOG_MAG_SCALE]) / LOG_MAG_SCALE
         scale = torch.cat(
             [scale.repeat_interleave(PATCH_BINS), torch.ones(COND_CHANNELS + self.to_fill)]
@@ -459,9 +459,9 @@ class GraphRefiner(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         return self.to_bins(self.resblock(self.conv_pre(patches)))
 
-    def to_patches(self, pictures: Sequence[torch.Tensor], conditioning: torch.Tensor):
+    def to_patches(self, maps: Sequence[torch.Tensor], conditioning: torch.Tensor):
         """Returns the input of conv_pre; see Refiner.to_patches."""
-        parts = [picture[:, : self.patches * PATCH_BINS] for picture in pictures]
+        parts = [each[:, : self.patches * PATCH_BINS] for each in maps]
         filling = conditioning[:, : self.to_fill * self.patches]  # with weights of zero
         x = torch.cat([*parts, conditioning, filling], dim=1)
         return x.reshape(x.shape[0], -1, self.patches, x.shape[2])

@@ -192,13 +192,20 @@ def write_cancelling(path: Path) -> None:
 
 SILENT_WAVS = {
     "zeros": (samples_of(0.0), "almost silent, a peak of 0; expected at least 0.001"),
-    "cancelling": (write_cancelling, "its 2 channels cancel: a peak of 0.5, but of 1.5e-05"),
+    "cancelling": (write_cancelling, "its 2 channels cancel: a peak of 0.5, but of 7.6e-06"),
     "int16 in PCM_32": (
         lambda path: soundfile.write(path, (noise(999) * 32767).astype(np.int32), RATE, "PCM_32"),
         "almost silent, a peak of 7.6e-06",
     ),
-    "divided twice": (samples_of(0.5 / 32768), "almost silent, a peak of 1.5e-05"),
-    "resampled": (samples_of(0.0009, rate=48000), "almost silent, a peak of 0.0009"),
+    "divided twice": (samples_of(0.5 / 32768, -0.5 / 32768), "almost silent, a peak of 1.5e-05"),
+    "resampled": (
+        samples_of(*[0.0009] * 50, *[-0.0009] * 50, rate=48000),
+        "almost silent, a peak of 0.0009",
+    ),
+    "offset": (
+        samples_of(0.4, 0.40004),
+        "almost silent, a peak of 2e-05 around a constant 0.4; expected at least 0.001",
+    ),
 }
 
 
@@ -248,9 +255,9 @@ def test_a_truncated_flac_is_refused(tmp_path):
 
 @pytest.mark.parametrize("offset", [4, 40])
 def test_a_wav_of_open_length_is_read_whole(tmp_path, capsys, offset):
-    """As written by programs that stream."""
+    """Programs that stream write such wavs."""
     path = tmp_path / "a.wav"
-    write_pcm(path, np.full((2205, 1), 1000), 2)
+    write_pcm(path, np.resize([1000, -1000], (2205, 1)), 2)
     raw = bytearray(path.read_bytes())
     raw[offset : offset + 4] = b"\xff" * 4
     path.write_bytes(raw)
@@ -260,7 +267,7 @@ def test_a_wav_of_open_length_is_read_whole(tmp_path, capsys, offset):
 
 def test_names_that_are_not_utf_8_are_read(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.wav")
-    samples_of(0.5)(tmp_path / "a.wav")
+    samples_of(0.5, -0.5)(tmp_path / "a.wav")
     (tmp_path / "a.wav").rename(path)
     assert audio_seconds(path) == pytest.approx(1000 / RATE)
     assert len(load_wav(path, RATE)) == 1000
@@ -439,7 +446,7 @@ OTHER_RECIPES = {
 
 
 @pytest.mark.parametrize("scale", OTHER_RECIPES.values(), ids=OTHER_RECIPES)
-def test_mels_of_another_recipe_are_doubted(h, scale):
+def test_mels_with_other_settings_have_a_warning(h, scale):
     mel = mel_of(0.1 * speech_like(2), h)
     assert mel_warning(torch.from_numpy(mel)) is None
     scaled = scale(mel).astype(np.float32)
@@ -449,7 +456,7 @@ def test_mels_of_another_recipe_are_doubted(h, scale):
 
 @pytest.mark.parametrize("exponent", [0, 0.5], ids=["white", "pink"])
 @pytest.mark.parametrize("snr", [10, 0])
-def test_mels_of_noisy_speech_are_not_doubted_unless_in_log10(h, snr, exponent):
+def test_mels_of_noisy_speech_have_no_warning_unless_in_log10(h, snr, exponent):
     wav = speech_like(2)
     spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(len(wav)))
     noise = np.fft.irfft(spectrum / np.arange(1, len(spectrum) + 1) ** exponent, len(wav))
@@ -459,7 +466,7 @@ def test_mels_of_noisy_speech_are_not_doubted_unless_in_log10(h, snr, exponent):
     assert "values from" in mel_warning(torch.from_numpy(mel / math.log(10)))
 
 
-def test_padding_with_zeros_is_doubted_at_the_end_only(h):
+def test_padding_with_zeros_has_a_warning_at_the_end_only(h):
     mel = mel_of(speech_like(1), h)
     at_end, at_start = (np.pad(mel, ((0, 0), pad)) for pad in ((0, 3), (3, 0)))
     assert "ends in 3 frames of zeros" in mel_warning(torch.from_numpy(at_end))
@@ -467,13 +474,13 @@ def test_padding_with_zeros_is_doubted_at_the_end_only(h):
     assert mel_warning(torch.full((80, 9), SILENT_LOG_MEL)) is None
 
 
-def test_the_first_doubtful_mel_of_many_is_named_with_their_number(h, capsys):
+def test_the_first_wrong_mel_of_many_is_named_with_their_number(h, capsys):
     good = torch.from_numpy(mel_of(speech_like(1), h))
     mels = {"a.npy": good, "b\n.npy": good / 2.3, "c.npy": good, "d.npy": good * 0}
     say_mel_warnings((Path(name), mel) for name, mel in mels.items())
     line = capsys.readouterr().out
     assert line.startswith("b .npy: values from -2.84 to ") and line.count("\n") == 1
-    assert line.endswith("recipe? (2 of 4 mels are doubtful)\n")
+    assert line.endswith("settings? (2 of 4 mels look wrong)\n")
     say_mel_warnings([(Path("a.npy"), good)])
     assert capsys.readouterr().out == ""
 
@@ -516,7 +523,7 @@ def test_a_waveform_that_is_not_finite_is_not_written(tmp_path, value):
     ("beyond", "said"), [(0, None), (10, None), (11, "1%"), (390, "39%"), (1000, "100%")]
 )
 def test_much_clamping_is_reported(tmp_path, capsys, beyond, said):
-    """Of 1,000 samples in three pieces. 1.0 itself is not counted."""
+    """The file has 1,000 samples in three pieces. A sample of exactly 1.0 is not counted."""
     wav = torch.ones(1000)
     wav[:beyond] = torch.linspace(-5, -1.001, beyond)
     path = tmp_path / "a\nb.wav"

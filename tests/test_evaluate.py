@@ -108,7 +108,12 @@ def test_a_folder_inside_the_other_is_not_part_of_it(tmp_path, inner, outer):
         (["a.wav"], ["b.wav", "a.txt"], "no audio file is named as one in"),
         (["a.wav"], ["s/a.wav"], "<name>_generated in the same subfolder"),
         (["a.wav"], ["a.wav", "a_generated.wav"], "are both named after"),
-        (["a.wav", "a.flac"], ["a.wav"], "have one name"),
+        (["a.wav", "a.flac"], ["a.wav"], "have one name; keep one"),
+        (
+            ["\u00fc.wav", "u\u0308.wav"],
+            ["a.wav"],
+            r"have one name, with .* \(NFC, NFD\); keep one",
+        ),
     ],
 )
 def test_files_that_cannot_be_paired_are_an_error(
@@ -477,7 +482,7 @@ def test_a_crash_is_one_line_and_the_other_files_are_measured(tmp_path, capsys, 
     assert results["metrics"]["mel_l1"]["systems"]["g"]["n"] == 1
 
 
-# --------------------------------------------------------------------------------- the pictures
+# ----------------------------------------------------------------------------- the spectrograms
 
 
 @pytest.mark.parametrize("fmax", [8000, None])
@@ -493,7 +498,7 @@ def test_the_frequency_axis_is_that_of_the_filterbank(fmax):
         assert abs(loudest + 0.5 - band) <= 1, hertz
 
 
-def test_pictures_of_training_have_an_envelope_above_a_mel_in_hertz():
+def test_figures_of_training_have_an_envelope_above_a_mel_in_hertz():
     h = config()
     wav = speech_like(0.5)
     mel = LogMelSpectrogram(h, h.fmax)(torch.from_numpy(wav)[None])[0].numpy()

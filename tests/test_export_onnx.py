@@ -240,7 +240,7 @@ def test_the_documented_lines_stream(exported, tmp_path, monkeypatch):
     exec(code, names)
     mel = random_mel(30).numpy()
     pieces = [mel[:, i : i + 4] for i in range(0, 30, 4)]
-    wav = np.concatenate(list(names["speak"](pieces)))
+    wav = np.concatenate(list(names["vocode"](pieces)))
     expected = OnnxVocoder((exported / "misrnet.onnx").read_bytes())(torch.from_numpy(mel)[None])
     assert_same(torch.from_numpy(wav), expected[0, 0], 1e-5)
 

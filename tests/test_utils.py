@@ -22,7 +22,7 @@ import torch
 
 import utils
 from audio import write_npy, write_wav
-from env import UserError
+from env import UsageError, UserError
 from tools.toy import ROOT
 from utils import (
     FileProgress,
@@ -30,6 +30,7 @@ from utils import (
     atomic_write,
     boolean,
     command_line,
+    command_parser,
     composed,
     find_file,
     find_files,
@@ -92,10 +93,10 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
-@pytest.mark.parametrize("place", ["a_file/out.wav", "a_file/deeper/out.wav", "a_folder"])
-def test_an_unwritable_place_is_named(tmp_path, place):
+@pytest.mark.parametrize("name", ["a_file/out.wav", "a_file/deeper/out.wav", "a_folder"])
+def test_an_unwritable_path_is_named(tmp_path, name):
     write_files(tmp_path, "a_file", "a_folder/inside")
-    path = tmp_path / place
+    path = tmp_path / name
     with pytest.raises(WriteError) as error, atomic_write(path) as temporary:
         temporary.write_text("new")
     assert str(error.value).startswith(f"{path}: cannot be written")
@@ -358,7 +359,7 @@ class NotebookStream(io.StringIO):
 
 @pytest.mark.parametrize("stream", [NotebookStream(), None], ids=["notebook", "service"])
 def test_a_command_needs_neither_a_terminal_nor_streams(monkeypatch, stream):
-    """As with `%run inference.py` in Jupyter, or in a service without streams."""
+    """`%run inference.py` in Jupyter and services without streams are such cases."""
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
     utils.say("something")  # as a library may
@@ -390,7 +391,7 @@ command_line(main)
 
 @pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&1 | true", ">/dev/full 2>/dev/full"])
 def test_closed_streams_do_not_end_a_command(streams):
-    """The reader of a pipe has left, or a disk is full. Status 1 is that of the skipped files."""
+    """The reader has closed the pipe, or a disk is full. Status 1 is due to skipped files."""
     shell = f"{sys.executable} -c '{COMMAND}' {streams}; exit ${{PIPESTATUS[0]}}"
     run = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
@@ -454,7 +455,7 @@ def numba_folder(monkeypatch, tmp_path):
 
 
 def end_processes() -> None:
-    """Releases the locks, as the ends of the processes do."""
+    """Releases the locks, which also happens when the processes end."""
     while utils._locks:
         utils._locks.pop().close()
 
@@ -496,3 +497,13 @@ def test_a_numba_cache_is_temporary_without_a_home_and_the_users_own_is_kept(
     monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/file")
     with pytest.raises(UserError, match=r"no folder for numba's cache .*; set NUMBA_CACHE_DIR"):
         numba_folder(HOME="/dev/null")
+
+
+@pytest.mark.parametrize("others", [["cp/g_2"], ["cp/g_2", "--device", "cpu"]])
+def test_a_second_value_is_refused_with_the_cure(others):
+    """The shell expands `--checkpoint_file cp/g_*`, if two files match."""
+    parser = command_parser("", example="")
+    parser.add_argument("--checkpoint_file")
+    parser.add_argument("--device")
+    with pytest.raises(UsageError, match=r"^cp/g_2: .* match several files\? Name one file$"):
+        parser.parse_args(["--checkpoint_file", "cp/g_1", *others])
