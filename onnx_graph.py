@@ -118,7 +118,7 @@ class Stage(nn.Module):
         if self.up is not None:
             up = self.up
             x = F.conv_transpose1d(
-                x.squeeze(2), up.weight, up.bias, stride=up.stride, padding=up.padding
+                x.flatten(2), up.weight, up.bias, stride=up.stride, padding=up.padding
             ).unsqueeze(2)
         if self.misr is not None:
             return self.misr(x)
@@ -146,8 +146,8 @@ class GraphGenerator(nn.Module):
         for stage in self.stages:
             x = stage(F.leaky_relu(x, LRELU_SLOPE))
         x = F.leaky_relu(x, POST_LRELU_SLOPE)
-        x = self.pad_post(x.squeeze(2)).unsqueeze(2)
-        return self.head(self.conv_post(x).squeeze(2), mel)
+        x = self.pad_post(x.flatten(2)).unsqueeze(2)
+        return self.head(self.conv_post(x).flatten(2), mel)
 
 
 class GraphSTFT(nn.Module):

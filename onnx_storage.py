@@ -32,7 +32,7 @@ def compact(model: "onnx.ModelProto") -> None:
 
 
 def shorten_names(model: "onnx.ModelProto") -> None:
-    """Numbers the intermediate results and removes the names of nodes."""
+    """Numbers the intermediate results and removes the names of nodes; there are no subgraphs."""
     graph = model.graph
     fixed = {each.name for each in (*graph.input, *graph.output, *graph.initializer)}
     numbers, names = count(), {"": ""}

@@ -209,7 +209,7 @@ def upsample(
     padding: int,
 ) -> Piece:
     """Applies a transposed convolution without its bias."""
-    x = (piece.x * clock.mask(piece)).squeeze(2)
+    x = (piece.x * clock.mask(piece)).flatten(2)
     y, size, tail_size = F.conv_transpose1d(x, weight, stride=rate), x.shape[2] * rate, 0
     tail_size = y.shape[2] - size
     if tail_size > 0:
@@ -230,7 +230,7 @@ def reflect_start(piece: Piece, state: State, clock: Clock) -> Piece:
 def run_istft(piece: Piece, head: ISTFTHead, state: State, clock: Clock) -> Piece:
     """Applies an ISTFTHead."""
     how = {"rate": head.hop_size, "padding": head.n_fft // 2}
-    spectrum = head.to_spectrum(piece.x.squeeze(2)).unsqueeze(2)
+    spectrum = head.to_spectrum(piece.x.flatten(2)).unsqueeze(2)
     wav = upsample(piece._replace(x=spectrum), head.basis, state, clock, "overlap_add", **how)
     ones = torch.ones_like(spectrum[:, :1])
     window_sum = upsample(
