@@ -12,10 +12,10 @@ import copy
 import io
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from env import Config, UserError
@@ -24,8 +24,10 @@ from inference import load_generator
 from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
 from models import Generator
 from onnx_graph import GraphGenerator
+from onnx_storage import compact
 from onnx_stream import StreamGenerator
-from utils import atomic_write, command_line, command_parser
+from streaming import Streamer
+from utils import atomic_write, command_line, command_parser, positive
 
 if TYPE_CHECKING:
     import onnx
@@ -39,10 +41,9 @@ MODEL_TYPE = "hifigan"  # by which sherpa-onnx recognises a vocoder from log-mel
 # The largest differences that the check of a file allows.
 CHECKED_SHAPES = ((1, 1), (1, 2), (1, 33), (2, 100), (1, 333))  # B, T
 MAX_DIFFERENCE = 1e-4  # of the peak of the waveform
-# The phase of frame-rate generators sums up the rounding of F0, and Griffin-Lim magnifies it. Random
-# mels are the worst case: after 100 frames their samples no longer tell rounding from mistakes, but
-# their log-mels do. The mean difference of these is at most 0.0004 from rounding, and 0.15 when the
-# noise is another one.
+# The phase of frame-rate generators sums up the rounding of F0, and Griffin-Lim magnifies it. Of
+# random mels, the samples after a second do not tell rounding from mistakes, but the log-mels do:
+# their mean difference is at most 0.0004 from rounding, and 0.15 when the noise is another one.
 FRAME_RATE_SHAPES = ((1, 1), (1, 2), (1, 33), (2, 20))
 MAX_FRAME_RATE_DIFFERENCE = 1e-2
 MAX_LOG_MEL_DIFFERENCE = 2e-3
@@ -61,23 +62,6 @@ def in_half_precision(generator: Generator) -> Generator:
         if parameter.dim() > 1:
             parameter.copy_(parameter.half())
     return generator
-
-
-def store_halves(model: "onnx.ModelProto") -> None:
-    """Stores the weights of `model` that fp16 holds exactly as fp16; it computes in fp32 still.
-
-    Each is cast once, when the file is loaded.
-    """
-    from onnx import TensorProto, helper, numpy_helper
-
-    for tensor in model.graph.initializer:
-        weight = numpy_helper.to_array(tensor)
-        if weight.ndim < 2 or weight.dtype != "float32" or (weight != weight.astype("f2")).any():
-            continue
-        name, half = tensor.name, f"{tensor.name}.half"
-        tensor.CopyFrom(numpy_helper.from_array(weight.astype("f2"), half))
-        cast = helper.make_node("Cast", [half], [name], to=TensorProto.FLOAT)
-        model.graph.node.insert(0, cast)
 
 
 def to_onnx(generator: Generator, h: Config) -> "onnx.ModelProto":
@@ -136,7 +120,9 @@ def trace(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **names) ->
             do_constant_folding=False,  # ONNX Runtime does it, and the file stays small
             **names,
         )
-    return onnx.load_from_string(contents.getvalue())
+    model = onnx.load_from_string(contents.getvalue())
+    compact(model)
+    return model
 
 
 def describe_mel(model: "onnx.ModelProto", h: Config) -> None:
@@ -151,78 +137,113 @@ def add_metadata(model: "onnx.ModelProto", **entries: str) -> None:
         model.metadata_props.add(key=key, value=value)
 
 
-def checked_shapes(generator: Generator) -> tuple[tuple[int, int], ...]:
-    """(B, T) of the mels by which an exported generator is compared with PyTorch's."""
-    return FRAME_RATE_SHAPES if is_frame_rate(generator) else CHECKED_SHAPES
+def random_mel(num_mels: int, batch: int, frames: int) -> torch.Tensor:
+    """Returns mels [B, num_mels, T], random between silence and loud speech."""
+    random = torch.Generator().manual_seed(frames)
+    return SILENT_LOG_MEL + (2 - SILENT_LOG_MEL) * torch.rand(
+        batch, num_mels, frames, generator=random
+    )
 
 
-def waveforms(
-    model: bytes, generator: Generator, shapes: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """ONNX Runtime's and PyTorch's, [B, 1, N], of mels random between silence and loud speech."""
-    import onnxruntime
+class OnnxVocoder:
+    """Runs a file of this script in ONNX Runtime: mel [B, num_mels, T] -> wav [B, 1, N]."""
 
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    random = torch.Generator().manual_seed(0)
-    for B, T in shapes:
-        mel = torch.rand(B, generator.conv_pre.in_channels, T, generator=random)
-        mel = SILENT_LOG_MEL * mel + 2 * (1 - mel)
+    def __init__(self, model: bytes):
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        self.about = self.session.get_modelmeta().custom_metadata_map
+
+    def __call__(self, mel: torch.Tensor) -> torch.Tensor:
+        if "state" in self.about:
+            return torch.stack([self.stream(each) for each in mel.numpy()])
+        return torch.from_numpy(self.session.run(["wav"], {"mel": mel.numpy()})[0])
+
+    def stream(self, mel: np.ndarray) -> torch.Tensor:
+        """Returns the waveform [1, N] of a mel [num_mels, T], computed piece by piece."""
+        frames, hop_size, latency = (
+            int(self.about[key]) for key in ("frames", "hop_size", "latency_samples")
+        )
+        specification = json.loads(self.about["state"])
+        state = {name: np.zeros(**each) for name, each in specification.items()}
+        samples = mel.shape[1] * hop_size
+        pieces = -(-(samples + latency) // (frames * hop_size))
+        padded = np.pad(mel, ((0, 0), (0, pieces * frames - mel.shape[1])))
+        wavs = []
+        for first in range(0, pieces * frames, frames):
+            if first + frames >= mel.shape[1]:
+                state["length"][:] = mel.shape[1]
+            piece = padded[None, :, first : first + frames]
+            wav, *tensors = self.session.run(None, {"mel": piece, **state})
+            state = dict(zip(state, tensors, strict=True))
+            wavs.append(wav[0, 0])
+        return torch.from_numpy(np.concatenate(wavs)[None, latency : latency + samples])
+
+
+def synthesize_all(generator: Generator, mel: torch.Tensor, frames: int | None) -> torch.Tensor:
+    """Returns PyTorch's waveform [B, 1, N] of mel [B, num_mels, T], of Streamer with `frames`."""
+    if frames is None:
         with torch.inference_mode():
-            expected = generator(mel)
-        (wav,) = session.run(["wav"], {"mel": mel.numpy()})
-        yield torch.from_numpy(wav), expected
+            return generator(mel)
+    streamer = Streamer(generator)
+    return torch.stack([torch.cat([streamer.feed(each), streamer.flush()])[None] for each in mel])
 
 
-def largest_difference(model: bytes, generator: Generator) -> float:
-    """The largest difference between ONNX Runtime's samples and PyTorch's, relative to the peak."""
-    return max(
-        float((wav - expected).abs().max() / expected.abs().max())
-        for wav, expected in waveforms(model, generator, checked_shapes(generator))
-    )
+class Check:
+    """Compares a file in ONNX Runtime with a generator in PyTorch."""
 
+    def __init__(self, model: bytes, generator: Generator, h: Config, frames: int | None):
+        vocoder = OnnxVocoder(model)
+        self.is_frame_rate, log_mel = is_frame_rate(generator), LogMelSpectrogram(h, h.fmax)
+        sample_shapes = FRAME_RATE_SHAPES if self.is_frame_rate else CHECKED_SHAPES
+        differences, log_mel_differences = [], []
+        for shape in sorted({*sample_shapes, *CHECKED_SHAPES}):
+            B, T = shape
+            mel = random_mel(h.num_mels, B if frames is None else 1, T)
+            wav, expected = vocoder(mel), synthesize_all(generator, mel, frames)
+            if shape in sample_shapes:
+                differences.append(float((wav - expected).abs().max() / expected.abs().max()))
+            ours, theirs = log_mel(wav[:, 0]), log_mel(expected[:, 0])
+            log_mel_differences.append(float((ours - theirs).abs().mean()))
+        self.difference, self.log_mel_difference = max(differences), max(log_mel_differences)
+        self.shapes = ", ".join(f"{B} x {T}" for B, T in sample_shapes)
 
-def log_mel_difference(model: bytes, generator: Generator, h: Config) -> float:
-    """The mean difference between the log-mels of ONNX Runtime's waveforms and PyTorch's, in Np.
-
-    The largest over mels of all lengths, long ones too.
-    """
-    log_mel = LogMelSpectrogram(h, h.fmax)
-    return max(
-        float((log_mel(wav[:, 0]) - log_mel(expected[:, 0])).abs().mean())
-        for wav, expected in waveforms(model, generator, CHECKED_SHAPES)
-    )
+    def raise_if_different(self, path: Path) -> None:
+        """Prints the differences; raises UserError if one is larger than rounding makes it."""
+        print(
+            f"largest difference from PyTorch: {self.difference:.1e} of the peak "
+            f"({self.shapes} frames)"
+        )
+        allowed = MAX_FRAME_RATE_DIFFERENCE if self.is_frame_rate else MAX_DIFFERENCE
+        if not self.difference <= allowed:  # NaN neither
+            raise UserError(f"{path}: not written, because the difference is above {allowed:g}")
+        if not self.is_frame_rate:
+            return
+        print(f"mean difference of log-mels, up to 333 frames: {self.log_mel_difference:.1e}")
+        if not self.log_mel_difference <= MAX_LOG_MEL_DIFFERENCE:
+            raise UserError(
+                f"{path}: not written, because that is above {MAX_LOG_MEL_DIFFERENCE:g}"
+            )
 
 
 def exported(generator: Generator, h: Config, a: argparse.Namespace) -> bytes:
-    """The file's contents, in the precision of `a`; prints how far they are from `generator`.
+    """Returns the contents of the file; prints how far its samples are from those of `generator`.
 
     Raises:
         UserError: ONNX Runtime's samples are not PyTorch's.
     """
     rounded = in_half_precision(generator) if a.precision == "fp16" else generator
-    model = to_onnx(rounded, h)
-    if a.precision == "fp16":
-        store_halves(model)
+    model = to_stream_onnx(rounded, h, a.stream) if a.stream else to_onnx(rounded, h)
     contents = model.SerializeToString()
-    difference = largest_difference(contents, rounded)
-    shapes = ", ".join(f"{B} x {T}" for B, T in checked_shapes(generator))
-    print(f"largest difference from PyTorch: {difference:.1e} of the peak ({shapes} frames)")
-    allowed = MAX_FRAME_RATE_DIFFERENCE if is_frame_rate(generator) else MAX_DIFFERENCE
-    if not difference <= allowed:  # NaN neither
-        raise UserError(f"{a.output}: not written, for the difference is above {allowed:g}")
-    if is_frame_rate(generator):
-        difference = log_mel_difference(contents, rounded, h)
-        print(f"mean difference of log-mels, of long mels too: {difference:.1e}")
-        if not difference <= MAX_LOG_MEL_DIFFERENCE:
-            raise UserError(f"{a.output}: not written, for that is above {MAX_LOG_MEL_DIFFERENCE:g}")
+    Check(contents, rounded, h, a.stream).raise_if_different(a.output)
     if a.precision == "fp16":
-        by_rounding = largest_difference(contents, generator)
+        by_rounding = Check(contents, generator, h, a.stream).difference
         print(f"largest difference from fp32 weights: {by_rounding:.1e} of the peak")
     return contents
 
 
-def main() -> None:
-    """Exports, checks, and only then writes."""
+def parse_arguments() -> argparse.Namespace:
+    """Returns the flags."""
     parser = command_parser(
         "Writes a generator as one ONNX file, mel [B, num_mels, T] to wav [B, 1, T * hop_size],\n"
         "after comparing ONNX Runtime's output with PyTorch's.",
@@ -242,21 +263,29 @@ def main() -> None:
         "--precision",
         default="fp32",
         choices=("fp32", "fp16"),
-        help="of the weights: fp16 halves the file; it computes in fp32 all the same",
+        help="of the weights; fp16 halves the file, and computes in fp32 all the same",
     )
-    a = parser.parse_args()
+    parser.add_argument(
+        "--stream",
+        metavar="FRAMES",
+        type=positive,
+        help="write a graph for pieces of so many frames, with explicit state",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Exports a generator, checks the file, and only then writes it."""
+    a = parse_arguments()
     generator, h = load_generator(a.checkpoint_file)
-    with atomic_write(
-        a.output
-    ) as temporary:  # so that a folder that cannot be written is said first
+    with atomic_write(a.output) as temporary:  # first, so that a bad folder is named at once
         try:
             model = exported(generator, h, a)
         except ImportError as error:
             missing = error.name or error
-            install = "pip install onnx onnxruntime"
-            raise UserError(f"{missing} is missing: {install}") from None
+            raise UserError(f"{missing} is missing: pip install onnx onnxruntime") from None
         temporary.write_bytes(model)
-    print(f"{a.output}: {len(model) / 1e6:.1f} MB")
+    print(f"{a.output}: {len(model) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from pitch import F0_RANGE
 
 F0_CANDIDATES = 64  # the predicted log F0 is their mean, weighted by a softmax
 NOISE_FRAMES = 2048  # the noise repeats after so many frames
-NOISE_SEED = 0
+NOISE_FACTORS = (123456789, 362436069, 521288629)  # of the rounds of white_noise
 VOICING_BAND = 1000.0  # Hz; the mean aperiodicity below it tells voiced from unvoiced frames
 # The envelope exp(SHARPNESS * (cos(2 pi phase) - 1)) of noise bursts, and its root mean square.
 BURST_SHARPNESS = 2.0
@@ -103,8 +103,7 @@ class HarmonicNoiseHead(nn.Module):
         self.voicing_bins = math.ceil(VOICING_BAND / h.sampling_rate * h.n_fft)
         log_f0 = torch.linspace(*map(math.log, F0_RANGE), F0_CANDIDATES, dtype=torch.float64)
         filterbank = LogMelSpectrogram(h, h.fmax).filterbank
-        random = torch.Generator().manual_seed(NOISE_SEED)
-        noise = torch.randn(NOISE_FRAMES * h.hop_size, generator=random)
+        noise = white_noise(torch.arange(NOISE_FRAMES * h.hop_size))
         self.register_buffer("log_f0_candidates", log_f0, persistent=False)
         self.register_buffer("filterbank", filterbank.T, persistent=False)
         self.register_buffer("mel_to_bins", mel_to_bins(filterbank), persistent=False)
@@ -462,6 +461,19 @@ def stft_margins(h: Config) -> tuple[int, int]:
     """
     before, hops = (h.n_fft - h.hop_size) // 2, math.ceil(h.n_fft / h.hop_size)
     return before, (hops - 1) * h.hop_size - before
+
+
+def white_noise(positions: torch.Tensor) -> torch.Tensor:
+    """Returns the samples [...] of white noise of unit power at integer positions [...].
+
+    A formula of integers, so that exported files compute the same noise and need not store it. The
+    samples are uniform; their spectra are as those of Gaussian noise.
+    """
+    prime = 2**31 - 1
+    x = (positions * 1103515245 + 12345) % prime
+    for factor in NOISE_FACTORS:
+        x = x * (x + factor) % prime
+    return (x.float() / prime * 2 - 1) * math.sqrt(3)
 
 
 def random_phase_state(mel: torch.Tensor) -> PhaseState:

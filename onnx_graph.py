@@ -23,8 +23,8 @@ from harmonic import (
     PHASE_SOFTNESS,
     STFT,
     HarmonicNoiseHead,
-    PulseTrain,
     Refiner,
+    white_noise,
 )
 from meldataset import MIN_MAGNITUDE, SILENT_LOG_MEL
 from models import MISR, POST_LRELU_SLOPE, Generator, time_padding
@@ -118,7 +118,7 @@ class Stage(nn.Module):
         if self.up is not None:
             up = self.up
             x = F.conv_transpose1d(
-                x.squeeze(2), up.weight, up.bias, stride=up.stride, padding=up.padding
+                x.flatten(2), up.weight, up.bias, stride=up.stride, padding=up.padding
             ).unsqueeze(2)
         if self.misr is not None:
             return self.misr(x)
@@ -146,8 +146,8 @@ class GraphGenerator(nn.Module):
         for stage in self.stages:
             x = stage(F.leaky_relu(x, LRELU_SLOPE))
         x = F.leaky_relu(x, POST_LRELU_SLOPE)
-        x = self.pad_post(x.squeeze(2)).unsqueeze(2)
-        return self.head(self.conv_post(x).squeeze(2), mel)
+        x = self.pad_post(x.flatten(2)).unsqueeze(2)
+        return self.head(self.conv_post(x).flatten(2), mel)
 
 
 class GraphSTFT(nn.Module):
@@ -176,28 +176,34 @@ class GraphSTFT(nn.Module):
         self.hops = stft.overlap + 1
         self.rows = N1 // 2 + 1  # of k1
         k1, n2 = torch.arange(self.rows), torch.arange(N2)
-        # In the order of the convolution's weight: n2, k1, then n1 within its hop, hop.
+        # In the order of the convolution's weight: n2, k1, n1 within its hop, hop.
         n1 = torch.arange(self.hops * self.per_hop).reshape(self.hops, self.per_hop).T
         n = N2 * n1 + n2[:, None, None, None]
-        window = F.pad(stft.window.double(), (0, self.hops * hop_size - n_fft))[n]
-        inner = window * roots_of_unity(n * k1[:, None, None], n_fft)
-        inner = torch.stack([inner.real, inner.imag], dim=1).flatten(0, 2)
-        outer = roots_of_unity(n2[:, None] * n2, N2)  # [k2, n2]
-        outer = torch.stack(
-            [
-                torch.stack([outer.real, -outer.imag], dim=2),
-                torch.stack([outer.imag, outer.real], dim=2),
-            ]
+        window = F.pad(stft.window, (0, self.hops * hop_size - n_fft))
+        self.register_buffer("n", n)
+        self.register_buffer("window", window[n])
+        self.register_buffer(
+            "roots", torch.stack(roots_of_unity(torch.arange(n_fft), n_fft)).float()
         )
-        counts = torch.where((k1 == 0) | (2 * k1 == N1), 1, 2) / n_fft
-        squares = stft.window.square()
-        squares = F.pad(squares, (0, self.hops * hop_size - n_fft)).reshape(self.hops, -1, N2)
-        self.register_buffer("inner", inner.float())
+        re, im = roots_of_unity(n2[:, None] * n2, N2)  # [k2, n2]
+        outer = torch.stack([torch.stack([re, -im], dim=2), torch.stack([im, re], dim=2)])
         self.register_buffer("outer", outer.reshape(2 * N2, 2 * N2).float())
+        counts = torch.where((k1 == 0) | (2 * k1 == N1), 1, 2) / n_fft
         self.register_buffer("counts", counts.repeat(2 * N2)[:, None, None].float())
+        squares = window.square().reshape(self.hops, self.per_hop, N2)
         self.register_buffer("squares", squares.permute(2, 1, 0).reshape(1, hop_size, -1))
         k = (k1 + N1 * n2[:, None]).flatten()
         self.bins = torch.minimum(k, n_fft - k)
+
+    def prepare(self) -> None:
+        """Computes the weights of the two convolutions.
+
+        Runtimes do it once, when they load the file, which is smaller without them.
+        """
+        powers = self.n * torch.arange(self.rows)[:, None, None] % self.n_fft
+        inner = torch.cat([self.roots[0][powers], self.roots[1][powers]], dim=1) * self.window
+        self.inner = inner.flatten(0, 1)
+        self.inverse_inner = self.inner * self.counts
 
     def forward(self, hops: torch.Tensor) -> torch.Tensor:
         B, frames = hops.shape[0], hops.shape[2] - self.hops + 1
@@ -210,7 +216,7 @@ class GraphSTFT(nn.Module):
         B, frames = z.shape[0], z.shape[3]
         x = self.outer.T @ z.reshape(B, 2 * self.groups, -1)
         x = x.reshape(B, 2 * self.groups * self.rows, frames)
-        return F.conv_transpose1d(x, self.inner * self.counts, groups=self.groups)
+        return F.conv_transpose1d(x, self.inverse_inner, groups=self.groups)
 
     def normaliser(self, valid: torch.Tensor) -> torch.Tensor:
         """Returns one over the sum of squared windows of the valid frames [B, 1, T], 1 or 0."""
@@ -234,10 +240,10 @@ def number_of_groups(n_fft: int, hop_size: int) -> int:
     return min(divisors, key=lambda n2: n_fft // n2 + 2 * n2)
 
 
-def roots_of_unity(powers: torch.Tensor, n: int) -> torch.Tensor:
-    """Returns exp(-2 pi i p / n), complex128, for integers p [...]."""
+def roots_of_unity(powers: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the real and imaginary parts of exp(-2 pi i p / n), float64, for integers p [...]."""
     angle = -2 * math.pi * (powers % n).double() / n
-    return torch.polar(torch.ones_like(angle), angle)
+    return angle.cos(), angle.sin()
 
 
 class GraphHead(nn.Module):
@@ -251,7 +257,10 @@ class GraphHead(nn.Module):
         super().__init__()
         self.stft, self.source = GraphSTFT(head.stft), GraphSource(head)
         self.refiner = GraphRefiner(head.refiner)
-        self.griffin_lim_steps, self.max_log_magnitude = head.griffin_lim_steps, head.max_log_magnitude
+        self.griffin_lim_steps, self.max_log_magnitude = (
+            head.griffin_lim_steps,
+            head.max_log_magnitude,
+        )
         bins, patches = head.stft.n_fft // 2 + 1, head.refiner.patches
         order = torch.arange(bins)
         in_patches = order[: patches * PATCH_BINS].reshape(patches, PATCH_BINS).T.flatten()
@@ -275,17 +284,23 @@ class GraphHead(nn.Module):
         self.register_buffer("to_bins", torch.tensor([where[int(k)] for k in order]))
 
     def forward(self, x: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
+        self.prepare()
         correction, aperiodicity, f0, conditioning = x.split(self.splits, dim=1)
         aperiodicity = aperiodicity.sigmoid()
         pulses, noise = self.source(f0, self.voicing(aperiodicity))
         pulses, noise = (self.stft(self.stft.to_hops(wav)) for wav in (pulses, noise))
-        spectrum, log_magnitude, picture = self.unrefined(
+        spectrum, log_magnitude, patches = self.unrefined(
             pulses, noise, correction, aperiodicity, mel, conditioning
         )
-        magnitude = self.magnitude(log_magnitude + self.refiner(picture))
+        magnitude = self.magnitude(log_magnitude + self.refiner(patches))
         wav = self.stft.to_wav(self.griffin_lim(spectrum, magnitude))
         before, after = self.stft.margins
         return wav[:, None, before : wav.shape[1] - after]
+
+    def prepare(self) -> None:
+        """Computes what does not depend on the input; must come first."""
+        self.stft.prepare()
+        self.source.prepare()
 
     def voicing(self, aperiodicity: torch.Tensor) -> torch.Tensor:
         """Returns how voiced each frame is, [B, 1, T]."""
@@ -302,8 +317,8 @@ class GraphHead(nn.Module):
         levels = self.mel_to_bins @ mel
         gain = levels - self.mel_to_bins @ log_mel
         log_magnitude = magnitude.log() + gain + correction
-        pictures = (log_magnitude, powers[1].log(), powers[2].log(), gain, levels, aperiodicity)
-        return spectrum, log_magnitude, self.refiner.to_patches(pictures, conditioning)
+        maps = (log_magnitude, powers[1].log(), powers[2].log(), gain, levels, aperiodicity)
+        return spectrum, log_magnitude, self.refiner.to_patches(maps, conditioning)
 
     def power(self, z: torch.Tensor) -> torch.Tensor:
         """Returns the power [B, bins, T] of Z, at least EPSILON squared."""
@@ -322,7 +337,9 @@ class GraphHead(nn.Module):
         phase, previous = spectrum * (magnitude / power.sqrt()), None
         phase_to_magnitude = WithMagnitude(magnitude)
         for step in range(self.griffin_lim_steps):
-            wav = self.stft.inverse(phase_to_magnitude(phase, is_extrapolated=step > 1)) * normaliser
+            wav = (
+                self.stft.inverse(phase_to_magnitude(phase, is_extrapolated=step > 1)) * normaliser
+            )
             spectrum = self.stft(wav)
             phase = spectrum if step == 0 else extrapolate(previous, spectrum)
             previous = spectrum
@@ -366,7 +383,7 @@ class GraphSource(nn.Module):
     def __init__(self, head: HarmonicNoiseHead):
         super().__init__()
         self.margins, self.hop_size = head.stft.margins, head.hop_size
-        self.pulse_train, self.burst_envelope = PulseWave(head.pulse_train), head.burst_envelope
+        self.pulse_train, self.burst_envelope = head.pulse_train, head.burst_envelope
         self.sampling_rate = head.pulse_train.sampling_rate
         self.register_buffer("log_f0_candidates", head.log_f0_candidates[None])
         self.register_buffer("weights", head.pulse_train.weights[::2].float())
@@ -374,8 +391,15 @@ class GraphSource(nn.Module):
         half = (head.hop_size + 1) // 2
         later = torch.cat([head.pulse_train.weights[2, half:], head.pulse_train.weights[1, :half]])
         self.register_buffer("later", later)
-        noise = head.noise.roll(self.margins[0]).reshape(-1, head.hop_size)
-        self.register_buffer("noise", noise)
+        # The positions of the samples of each hop; the first starts the margin before frame 0.
+        starts = torch.arange(0, len(head.noise), self.hop_size) - self.margins[0]
+        self.register_buffer("hop_starts", starts[:, None])
+        self.register_buffer("in_hop", torch.arange(self.hop_size))
+
+    def prepare(self) -> None:
+        """Computes the noise [frames, hop_size], as GraphSTFT.prepare does its weights."""
+        samples = self.hop_starts.numel() * self.hop_size
+        self.noise = white_noise((self.hop_starts + self.in_hop) % samples)
 
     def forward(self, f0: torch.Tensor, voicing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_f0 = self.log_f0(f0)
@@ -413,16 +437,6 @@ class GraphSource(nn.Module):
         return self.noise[hops].flatten()
 
 
-class PulseWave(nn.Module):
-    """PulseTrain's forward: f0 and wrapped_phase [B, N] -> pulses [B, N]."""
-
-    def __init__(self, pulse_train: PulseTrain):
-        super().__init__()
-        self.sampling_rate = pulse_train.sampling_rate
-
-    forward = PulseTrain.forward
-
-
 class GraphRefiner(nn.Module):
     """A Refiner, patches [B, channels, patches, T] -> [B, bins, T]."""
 
@@ -434,10 +448,8 @@ class GraphRefiner(nn.Module):
         self.bias = refiner.linear_post.bias
         # ONNX Runtime is ten times as slow where the channels are no multiple of four.
         self.to_fill = -self.conv_pre.weight.shape[1] % 4
-        self.conv_pre.weight = parameter(
-            F.pad(self.conv_pre.weight, (0, 0, 0, 0, 0, self.to_fill))
-        )
-        # Refiner divides its pictures by LOG_MAG_SCALE; and log powers are twice log magnitudes.
+        self.conv_pre.weight = parameter(F.pad(self.conv_pre.weight, (0, 0, 0, 0, 0, self.to_fill)))
+        # Refiner divides its maps by LOG_MAG_SCALE; and log powers are twice log magnitudes.
         scale = torch.tensor([1, 0.5, 0.5, 1, 1, LOG_MAG_SCALE]) / LOG_MAG_SCALE
         scale = torch.cat(
             [scale.repeat_interleave(PATCH_BINS), torch.ones(COND_CHANNELS + self.to_fill)]
@@ -447,9 +459,9 @@ class GraphRefiner(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         return self.to_bins(self.resblock(self.conv_pre(patches)))
 
-    def to_patches(self, pictures: Sequence[torch.Tensor], conditioning: torch.Tensor):
+    def to_patches(self, maps: Sequence[torch.Tensor], conditioning: torch.Tensor):
         """Returns the input of conv_pre; see Refiner.to_patches."""
-        parts = [picture[:, : self.patches * PATCH_BINS] for picture in pictures]
+        parts = [each[:, : self.patches * PATCH_BINS] for each in maps]
         filling = conditioning[:, : self.to_fill * self.patches]  # with weights of zero
         x = torch.cat([*parts, conditioning, filling], dim=1)
         return x.reshape(x.shape[0], -1, self.patches, x.shape[2])

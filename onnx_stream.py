@@ -1,4 +1,4 @@
-"""A generator as a graph with explicit state: FRAMES frames of mel in, FRAMES * hop_size samples out.
+"""A generator as a graph with explicit state: n frames of mel in, n * hop_size samples out.
 
 The samples equal those of `streaming.Streamer`, later by a fixed number of samples. Every layer
 processes as many positions in each piece. Positions before the mel's first frame and after its last
@@ -90,11 +90,15 @@ class Clock:
         return ((positions >= 0) & (positions < self.length * rate + extra)).float()
 
     def mask(self, piece: Piece) -> torch.Tensor:
-        """Returns 1 for positions of the signal and 0 for others, [n * rate]."""
-        key = piece[1:]
+        """Returns 1 for positions of the signal and 0 for others, [rows, n * rate].
+
+        Of all rows, because ONNX Runtime is slow to repeat short rows.
+        """
+        key = piece.x.shape[2], *piece[1:]
         if key not in self.masks:
             positions = self.positions(piece.rate, piece.delay)
-            self.masks[key] = self.is_valid(positions, piece.rate, piece.extra)
+            mask = self.is_valid(positions, piece.rate, piece.extra)
+            self.masks[key] = mask.expand(piece.x.shape[2], -1)
         return self.masks[key]
 
 
@@ -205,7 +209,7 @@ def upsample(
     padding: int,
 ) -> Piece:
     """Applies a transposed convolution without its bias."""
-    x = (piece.x * clock.mask(piece)).squeeze(2)
+    x = (piece.x * clock.mask(piece)).flatten(2)
     y, size, tail_size = F.conv_transpose1d(x, weight, stride=rate), x.shape[2] * rate, 0
     tail_size = y.shape[2] - size
     if tail_size > 0:
@@ -226,7 +230,7 @@ def reflect_start(piece: Piece, state: State, clock: Clock) -> Piece:
 def run_istft(piece: Piece, head: ISTFTHead, state: State, clock: Clock) -> Piece:
     """Applies an ISTFTHead."""
     how = {"rate": head.hop_size, "padding": head.n_fft // 2}
-    spectrum = head.to_spectrum(piece.x.squeeze(2)).unsqueeze(2)
+    spectrum = head.to_spectrum(piece.x.flatten(2)).unsqueeze(2)
     wav = upsample(piece._replace(x=spectrum), head.basis, state, clock, "overlap_add", **how)
     ones = torch.ones_like(spectrum[:, :1])
     window_sum = upsample(
@@ -246,6 +250,7 @@ class HarmonicStream(nn.Module):
 
     def forward(self, piece: Piece, mel: torch.Tensor, state: State, clock: Clock) -> Piece:
         head = self.head
+        head.prepare()
         mel = state.delayed("delayed_mel", mel, piece.delay)
         correction, aperiodicity, f0, conditioning = piece.x[:, :, 0].split(head.splits, dim=1)
         aperiodicity = aperiodicity.sigmoid()
@@ -264,7 +269,7 @@ class HarmonicStream(nn.Module):
         spectrum = state.delayed("spectrum", spectrum, wait)
         log_magnitude = state.delayed("log_magnitude", log_magnitude, wait)
         magnitude = head.magnitude(log_magnitude + head.refiner.to_bins(patches.x))
-        magnitude = magnitude * clock.mask(patches)
+        magnitude = magnitude * clock.mask(patches._replace(x=magnitude))
         wav = self.griffin_lim(spectrum, magnitude, patches.delay, state, clock)
         delay = (patches.delay + self.lookahead) * head.stft.hop_size + head.stft.margins[0]
         return Piece(wav.unsqueeze(1), rate=head.stft.hop_size, delay=delay)
@@ -272,7 +277,7 @@ class HarmonicStream(nn.Module):
     def excitation(
         self, tracks: torch.Tensor, delay: int, state: State, clock: Clock
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns Z of pulses and noise from the tracks of log F0 and voicing, [2, n] in float64."""
+        """Returns Z of pulses and noise from log F0 and voicing, tracks [2, n] in float64."""
         source, stft = self.head.source, self.head.stft
         f0, phase, voicing = self.windows(tracks, clock.positions(1, delay), state)
         wrapped_phase = (phase - phase.round()).float()
@@ -315,9 +320,7 @@ class HarmonicStream(nn.Module):
         whole = next_phase.round()
         state.write(next_phase - whole)
         past_phase = start + first_f0 / rate * (torch.arange(size) - size)
-        held = torch.cat(
-            [first_f0.expand(1, size), past_phase, first[1:].expand(1, size)]
-        )
+        held = torch.cat([first_f0.expand(1, size), past_phase, first[1:].expand(1, size)])
         past = state.read("excitation", 3, size, dtype=torch.float64)
         past = torch.where(is_start, held, past)
         signals = torch.cat([past, torch.cat([f0, phase, voicing])], dim=1)
