@@ -22,7 +22,7 @@ from torch import nn
 from env import Config, UserError
 from harmonic import HarmonicNoiseHead
 from inference import load_generator
-from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
+from meldataset import MEL_KEYS, SILENT_LOG_MEL, LogMelSpectrogram
 from models import MISR, Generator, block_padding
 from utils import atomic_write, command_line, command_parser
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import onnx
 
 # What one has to know to make the right mel, and to play the result.
-METADATA_KEYS = ("sampling_rate", "hop_size", "num_mels", "n_fft", "win_size", "fmin", "fmax")
-MEL_RECIPE = "natural log of at least 1e-5 of Slaney mel bands of STFT magnitudes, as HiFi-GAN"
+METADATA_KEYS = MEL_KEYS
+MEL_RECIPE = "the logarithm of mel bands of an STFT, by the keys above; HiFi-GAN's by default"
 
 SET_OF_CHANNELS = 64  # in ONNX Runtime's convolutions
 LAST = 2**63 - 1  # in ONNX, the end of any slice
