@@ -22,21 +22,23 @@ if TYPE_CHECKING:
 
 # Formats that libsndfile reads, by extension. The first file that exists is taken for an id.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
-MIN_SAMPLING_RATE = 1000  # Hz; a lower one is damage, and resampling from it could fill the memory
+# Hz. A lower rate means a damaged header, and resampling from it could fill the memory.
+MIN_SAMPLING_RATE = 1000
 PCM16_MAX = 32767
-MAX_CLAMPED = 0.01  # of a file's samples; more is reported
+MAX_CLAMPED = 0.01  # share of a file's samples; a larger share is reported
 # Encodings whose samples do not depend on each other, so that a part can be read alone.
 PLAIN_SUBTYPES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 MAX_PEAK = 4.0  # of full scale; a float file above it contains 16-bit integers, for example
-MIN_PEAK = 1e-3  # of full scale, -60 dB; a file below it is as good as silent
-MAX_MISSING = 0.05  # of a file, by its header
-MP3_HEAD = 2**17  # bytes in which the header is looked for, after tags and pictures
+MIN_PEAK = 1e-3  # of full scale, -60 dB; a file below it counts as silent
+MAX_MISSING = 0.05  # share of the length in the header
+MP3_HEAD = 2**17  # bytes that are searched for the header, which follows tags and cover art
 OPEN_LENGTH = 2**31 - 1  # bytes; programs that stream write such a length or a larger one
 
-# Measured with HiFi-GAN's mels of 1,730 clips. Clean, their lowest value is below -7.6. With white
-# or pink noise at 10 and 0 dB it is below -3.7, but then the median step from frame to frame, at
-# least 0.19, is at least 0.183 of the standard deviation. 98% of log10 mels are outside of this.
-MAX_FLOOR = -6.5  # of clean speech
+# Measured on HiFi-GAN's mels of 1,730 clips. The minimum of a clean mel is below -7.6. With white
+# or pink noise at a signal-to-noise ratio of 10 or 0 dB, the minimum is below -3.7. The median
+# absolute step from frame to frame is then at least 0.19, and at least 0.183 of the standard
+# deviation. 98% of log10 mels violate these limits.
+MAX_FLOOR = -6.5  # of the minimum of clean speech
 NOISY_FLOOR = -3.0
 NOISY_STEP, NOISY_RELATIVE_STEP = 0.18, 0.18
 LOUD, MAX_LOG_MEL = 2.0, 4.0
@@ -140,7 +142,10 @@ def _read(
 
 
 def _is_truncated(file: soundfile.SoundFile, samples: int) -> bool:
-    """Returns whether a file lacks its end, by libsndfile's log; `samples` of it could be read."""
+    """Returns whether the end of a file is missing, by libsndfile's log.
+
+    `samples` is the number of samples that could be read.
+    """
     log = file.extra_info
     sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)  # in bytes: the header's, the file's
     lengths = [(int(claimed), int(found)) for claimed, found in sizes]
@@ -196,7 +201,7 @@ def audio_seconds(path: str | Path) -> float:
 def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torch.Tensor], None]]:
     """Yields a function that appends a piece [N] of a waveform to a PCM 16 file at `path`.
 
-    Samples are clamped to [-1, 1]; 1 becomes 32767. The file appears when the block ends without an
+    Samples are converted by `to_pcm16`. The file appears when the block ends without an
     error. Prints a line if more than 1% of the samples were clamped.
 
     Raises:
@@ -211,10 +216,8 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
             raise UserError(
                 f"{path}: not written, the waveform is not finite; is the checkpoint good?"
             )
-        piece = piece.detach().cpu().float()
         samples, clamped = samples + len(piece), clamped + int((piece.abs() > 1).sum())
-        pcm = (piece.clamp(-1, 1) * PCM16_MAX).round().to(torch.int16)
-        file.writeframesraw(pcm.numpy().tobytes())
+        file.writeframesraw(to_pcm16(piece))
 
     # The wave module reports a full disk; soundfile only a "System error".
     with atomic_write(path) as temporary, wave.open(str(temporary), "wb") as file:
@@ -224,9 +227,15 @@ def writing_wav(path: str | Path, sampling_rate: int) -> Iterator[Callable[[torc
         say(
             one_line(
                 f"{path}: {clamped / samples:.0%} of its samples were beyond full scale and are "
-                "clamped; is the mel louder than speech, or not by the config's recipe?"
+                "clamped; is the mel louder than speech, or computed with other settings?"
             )
         )
+
+
+def to_pcm16(wav: torch.Tensor) -> bytes:
+    """Returns a waveform [N] as 16-bit little-endian PCM, clamped to [-1, 1]; 1 becomes 32767."""
+    pcm = (wav.detach().cpu().float().clamp(-1, 1) * PCM16_MAX).round()
+    return pcm.numpy().astype("<i2").tobytes()
 
 
 def write_wav(path: str | Path, wav: torch.Tensor, sampling_rate: int) -> None:
@@ -271,10 +280,10 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
 
 
 def mel_warning(mel: torch.Tensor, log_mel: "LogMelSpectrogram") -> str | None:
-    """Returns why a mel [num_mels, T] does not look like speech by a recipe, or None.
+    """Returns why a mel [num_mels, T] does not look like speech with its settings, or None.
 
-    Mels of another recipe have another logarithm, floor or scale. Mels cut from a batch may end in
-    padding.
+    Mels with other settings have another logarithm, floor or scale. Mels cut from a batch may end
+    in padding.
     """
     h, silence = log_mel.h, log_mel.h.silent_log_mel
     scaled = log_mel.to_hifigan(mel)
@@ -285,8 +294,8 @@ def mel_warning(mel: torch.Tensor, log_mel: "LogMelSpectrogram") -> str | None:
         of_what = "amplitudes" if h.mel_power == 1 else "powers"
         return (
             f"values from {mel.min():.3g} to {mel.max():.3g}; expected {logarithms} logarithms of "
-            f"{of_what}, from about {silence:.1f} to {log_mel.from_hifigan(LOUD):.2g}: is it by "
-            "the config's recipe?"
+            f"{of_what}, from about {silence:.1f} to {log_mel.from_hifigan(LOUD):.2g}: was it "
+            "computed with the config's settings?"
         )
     if zeros := int((mel == 0).all(0).flip(0).long().cumprod(0).sum()):
         return f"ends in {zeros} frames of zeros, which are loud: silence is {silence:.1f}"
@@ -309,9 +318,9 @@ def say_mel_warnings(
     The line names the first such file, the reason, and how many of the mels are such.
     """
     reasons = [(path, mel_warning(mel, log_mel)) for path, mel in mels]
-    doubtful = [f"{path}: {reason}" for path, reason in reasons if reason]
-    if doubtful:
-        say(one_line(f"{doubtful[0]} ({len(doubtful)} of {len(reasons)} mels are doubtful)"))
+    warnings = [f"{path}: {reason}" for path, reason in reasons if reason]
+    if warnings:
+        say(one_line(f"{warnings[0]} ({len(warnings)} of {len(reasons)} mels look wrong)"))
 
 
 def write_npy(path: str | Path, array: np.ndarray) -> None:

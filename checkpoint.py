@@ -45,7 +45,7 @@ NEVER = 2**62
 TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_* files
 
 # The config keys that a resumed run may change. The others belong to the model and the mel: older
-# g_* files are read with them, and many could change without a change of a tensor's shape.
+# g_* files are read with them, and most of them do not change the shape of any tensor.
 CHANGEABLE_KEYS = {loss.weight for loss in LOSSES if loss.weight} | {
     *("segment_size", "batch_size", "learning_rate", "adam_b1", "adam_b2", "lr_decay", "seed"),
     *("num_workers", "discriminator_train_start_steps", "griffin_lim_steps"),
@@ -57,7 +57,7 @@ CHANGEABLE_KEYS = {loss.weight for loss in LOSSES if loss.weight} | {
 
 @dataclass
 class State:
-    """Everything that training owns. Checkpoints contain all that does not follow from `h`."""
+    """The state of a training run. Checkpoints contain what cannot be rebuilt from `h`."""
 
     h: Config
     device: torch.device
@@ -79,7 +79,7 @@ class State:
     epoch_step: int = 0  # completed updates of this epoch
     saved_steps: int = 0  # `steps` of the newest checkpoint
     meta: dict[str, str] = field(default_factory=dict)  # the origin of this run: see run_meta
-    # What else an update owns and do_* contains, by name: each has a state_dict.
+    # Additions of an update to do_*, by name; each has a state_dict.
     more: dict[str, nn.Module | torch.optim.Optimizer] = field(default_factory=dict)
 
     def autocast(self) -> torch.autocast:
@@ -93,7 +93,7 @@ class State:
         self.ddp_discriminators.compile()
 
     def average_gradients(self) -> None:
-        """Lets the processes of a run average their gradients; changes nothing in a run of one."""
+        """Lets the processes of a run average their gradients; does nothing for one process."""
         self.ddp_generator = as_ddp(self.ddp_generator, self.device)
         self.ddp_discriminators = as_ddp(self.ddp_discriminators, self.device)
 
@@ -144,18 +144,22 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
 def run_meta(config: bytes) -> dict[str, str]:
     """Returns the origin of a run: versions of the code and of torch, command, config."""
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy without its history
-        commit = "unknown"
     return {
         "version": version[1],
-        "commit": commit,
+        "commit": commit(),
         "torch": str(torch.__version__),  # a plain string, which loads safely
         "command": " ".join(sys.argv),
         "config": config.decode("utf-8-sig"),
     }
+
+
+def commit() -> str:
+    """Returns the commit of this code, as git describes it, or "unknown"."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
+        return "unknown"
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
@@ -178,7 +182,7 @@ def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
 def locked(folder: str | Path) -> Iterator[None]:
     """Keeps other runs out of `folder` with a lock that rank 0 holds until the block ends.
 
-    Where the file system has no locks, prints that and continues.
+    If the file system has no locks, prints a line and continues.
 
     Raises:
         UserError: another run uses the folder, or the folder cannot be written; in every process.
@@ -201,7 +205,7 @@ def _open_lock(folder: Path) -> BinaryIO:
 
 def _lock(file: BinaryIO, folder: Path) -> None:
     try:
-        # Unlike flock, this lock is not inherited by data workers, which may outlive a kill.
+        # Unlike with flock, data workers, which may outlive a killed run, do not inherit the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         host, _, process = file.read().decode().partition(" ")
@@ -211,7 +215,7 @@ def _lock(file: BinaryIO, folder: Path) -> None:
         ) from None
     except OSError as error:
         say(f"{folder}: cannot be locked ({error.strerror}); make sure that no other run uses it")
-    with contextlib.suppress(OSError):  # on a full disk, the lock holds without its text
+    with contextlib.suppress(OSError):  # on a full disk, the lock works without its text
         file.truncate(0)
         file.write(f"{socket.gethostname()} {os.getpid()}".encode())
 
@@ -255,7 +259,7 @@ def _write_pair(state: State, folder: Path) -> None:
     with atomic_write(g_path) as g_file, atomic_write(do_path) as do_file:  # do_* is renamed first
         write_checkpoint(do_file, contents, do_path)
         write_checkpoint(g_file, {"generator": to_hifigan_names(state.generator)}, g_path)
-        g_path.unlink(missing_ok=True)  # of a run that has since gone back; it would not match do_*
+        g_path.unlink(missing_ok=True)  # an older file of this step would not match the new do_*
 
 
 def write_config(state: State, folder: Path) -> None:
@@ -407,7 +411,7 @@ def _restore(state: State, g: dict, do: dict, paths: list[Path]) -> None:
     state.steps, state.epoch = do["steps"], do["epoch"]
     if "epoch_step" in do:
         state.epoch_step = do["epoch_step"]
-    else:  # HiFi-GAN saves before it counts
+    else:  # HiFi-GAN saves before it increments `steps`
         state.steps += 1
     state.saved_steps = state.steps
 
@@ -423,7 +427,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Pa
     try:
         (ours,), (theirs,) = optimizer.state_dict()["param_groups"], saved["param_groups"]
         pairs = zip(optimizer.param_groups[0]["params"], theirs["params"], strict=True)
-        for param, key in pairs:  # PyTorch checks no shapes and would read beyond their ends
+        for param, key in pairs:  # PyTorch does not check shapes and would read out of bounds
             moments = saved["state"].get(key)
             if moments is not None:
                 has_momentum = isinstance(optimizer, Muon) and param.dim() > 1
@@ -445,7 +449,11 @@ def _check_config(h: Config, path: Path) -> None:
     before, now = dataclasses.asdict(theirs), dataclasses.asdict(h)
     changed = [key for key in before if key not in CHANGEABLE_KEYS and before[key] != now[key]]
     if theirs.uses_misr != h.uses_misr:
-        found = "a run of a MISR, but now an MRF" if theirs.uses_misr else "of an MRF, now a MISR"
+        found = (
+            "a run of a MISR, but now an MRF"
+            if theirs.uses_misr
+            else "a run of an MRF, but now a MISR"
+        )
     elif theirs.is_frame_rate != h.is_frame_rate:
         kinds = ("with" if each.is_frame_rate else "without" for each in (theirs, h))
         found = "a run {} griffin_lim_steps, but now {}".format(*kinds)

@@ -11,7 +11,7 @@ Each MISR receives the input of the teacher's MRF and is trained to produce the 
 
     teacher   mel -> conv_pre -> up -> MRF -> up -> MRF -> ... -> conv_post -> wav
                                   |     ^      |     ^
-    student                       +-> MISR     +-> MISR      each alone, all in one update
+    student                       +-> MISR     +-> MISR      trained separately, in one update
 
 Small errors of the stages add up. So the chain of all MISRs, each fed by the one before, is also
 trained on a mel loss against the teacher's waveform.
@@ -54,16 +54,16 @@ from train import Losses, add_arguments, read_config, read_data, run, schedule_o
 from utils import command_line, command_parser, say, say_if_slow
 from weights import load_matching, mrf_as_misr
 
-# The recipe was found by measurement; docs/distillation.md lists what else was tried.
+# These values were found by measurement; docs/ablations.md lists what else was tried.
 WARM_UP = 50  # updates
 MAX_GRADIENT_NORM = 5.0
 # The mel loss of the whole generator is added from this share of the run on, or at once after a
-# warm start. Earlier it harms the sound, because the stages still have large errors. A run without
-# --training_steps counts as one of OPEN_RUN updates.
+# warm start. Earlier it lowers the quality, because the stages still have large errors. A run
+# without --training_steps counts as one of OPEN_RUN updates.
 WHOLE_FROM, OPEN_RUN = 0.7, 5000
 AVERAGE = 0.99  # decay of the running average of weights, per update
-MIN_LOG_GAIN = math.log(0.1)  # of the levels to which mels are scaled
-QUIET_FRAME = 0.05  # times the mean size of a frame: added to the divisor of relative errors
+MIN_LOG_GAIN = math.log(0.1)  # of the random gains that make mels quieter
+QUIET_FRAME = 0.05  # share of the mean frame; added to the divisor of relative errors
 
 FRAME_RATE_LOSSES = (
     Loss("f0", "F0"),
@@ -119,7 +119,7 @@ def distance(y: torch.Tensor, target: torch.Tensor, frame: int) -> torch.Tensor:
 
 
 class StagewiseLoss(nn.Module):
-    """The errors of a student's stages, [stages, 2], and the mel loss of its whole, [].
+    """Computes the errors of a student's stages, [stages, 2], and its mel loss, [].
 
     forward(mel [B, num_mels, T], with_whole). The first error of a stage is the distance of its
     MISR's output to the MRF's, for the MRF's input. The second is the distance after the teacher's
@@ -171,7 +171,7 @@ class StagewiseLoss(nn.Module):
 
 
 class HarmonicLoss(nn.Module):
-    """The errors of a frame-rate student, mel [B, num_mels, T] -> FRAME_RATE_LOSSES, [3].
+    """Computes the errors of a frame-rate student: mel [B, num_mels, T] -> FRAME_RATE_LOSSES, [3].
 
     They are the L1 distances of log F0, weighted by the voicing of each frame, of aperiodicity, and
     of log magnitudes. Student and teacher get the teacher's excitation for the log magnitudes, so
@@ -312,9 +312,12 @@ def printed_losses(h: Config) -> tuple[Loss, ...]:
 
 
 def at_other_levels(mel: torch.Tensor, state: State) -> torch.Tensor:
-    """Returns log-mels [B, num_mels, T], half of them lowered by a gain of (seed, step)."""
+    """Returns log-mels [B, num_mels, T], half of them lowered by a random gain, up to 20 dB.
+
+    The gains depend on the seed and the step alone.
+    """
     random = torch.Generator().manual_seed(state.h.seed * 1_000_003 + state.steps)
-    # For the clips of all processes; each process takes its own.
+    # Drawn for the clips of all processes, so that their number does not matter.
     gain, choice = torch.rand(2, len(mel) * world_size(), 1, 1, generator=random).to(mel.device)
     gain, choice = (x[rank() :: world_size()] for x in (gain, choice))
     gain = torch.where(choice < 0.5, MIN_LOG_GAIN * gain, 0.0) / state.h.log_amplitude_scale

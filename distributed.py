@@ -1,4 +1,4 @@
-"""The device, the processes and the stop signals of a run; one process is no special case."""
+"""The device, the processes and the stop signals of a run, for one process and for many."""
 
 import contextlib
 import ctypes
@@ -24,7 +24,7 @@ from env import UsageError, UserError
 # Parameters of glibc's mallopt, from its malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 CPU_INFO = Path("/proc/cpuinfo")
-PROCESS_TIMEOUT = timedelta(minutes=10)  # for which a process waits for the others
+PROCESS_TIMEOUT = timedelta(minutes=10)  # that a process waits for the others
 SHUTDOWN_TIMEOUT = 600  # seconds that torchrun gives the processes to save
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MIN_OPEN_FILES = 64  # for each process; each data worker adds to it
@@ -34,7 +34,8 @@ STOP_SIGNALS = (
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
 )
-# A scheduler signals all processes, and torchrun passes its own signal on: one request, twice.
+# A scheduler signals all processes, and torchrun passes its own signal on, so that one request
+# arrives twice.
 SAME_REQUEST = 3.0  # seconds
 
 
@@ -72,7 +73,7 @@ def select_device(name: str) -> torch.device:
 
 @functools.cache
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Returns False where bfloat16 is slower than float32: ten times on a CPU without support.
+    """Returns False if the device does not support bfloat16. Such a CPU is ten times slower in it.
 
     Only Linux lists the features of a CPU. Other systems are assumed to support bfloat16.
     """
@@ -267,9 +268,9 @@ def agree_on_error(error: UserError | None) -> None:
     the message is printed once.
     """
     has_message = error is not None and str(error)
-    speaker = -max_over_processes(-rank() if has_message else -world_size())
-    if speaker < world_size():
-        raise error if speaker == rank() else UserError()
+    first = -max_over_processes(-rank() if has_message else -world_size())
+    if first < world_size():
+        raise error if first == rank() else UserError()
 
 
 @contextlib.contextmanager

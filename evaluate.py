@@ -1,4 +1,4 @@
-"""Measures generated speech and compares systems, with tables, JSON and a page to listen to.
+"""Measures generated speech and compares systems, with tables, JSON and a listening page.
 
     python evaluate.py --reference_dir LJSpeech-1.1/wavs --generated_dir generated_files \\
         --output results.json --page listen
@@ -74,7 +74,7 @@ def metrics_help() -> str:
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = command_parser(
-        "Measures generated speech, most of it against recordings, file by file. Prints the mean\n"
+        "Computes metrics of generated speech, most of them against recordings. Prints the mean\n"
         f"of each metric with its {CONFIDENCE:.0%} interval (percentile bootstrap over files, "
         f"{RESAMPLES} resamples) and the\ndifferences of several systems over the same files."
         f"\n\n{metrics_help()}",
@@ -114,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
         "--page",
         type=Path,
         metavar="DIR",
-        help="folder for a page to listen to, index.html, which any browser opens, offline",
+        help="folder for the listening page, index.html, which any browser opens offline",
     )
     parser.add_argument(
         "--about",
@@ -194,9 +194,9 @@ def find_delays(
 def measure_files(
     files: FilePair, h: Config, metrics: list[Metric], delays: dict[str, int]
 ) -> FileResult:
-    """Measures two files, or one without a reference by the metrics that need none.
+    """Measures two files, or one file by the metrics that need no reference.
 
-    `delays` has the samples by which each system lags; they are cut off.
+    `delays` contains the number of samples by which each system lags; they are cut off.
     """
     result = FileResult(name=files.name, system=files.system, paths=files.paths)
     try:

@@ -1,188 +1,61 @@
-"""Writes a generator as one ONNX file, checked against PyTorch.
+"""Writes a generator as one ONNX file, after comparing its samples with PyTorch's.
 
     python export_onnx.py --checkpoint_file cp_misrnet/g_00500000 --output misrnet.onnx
 
-The file maps `mel` [B, num_mels, T] to `wav` [B, 1, T * hop_size], B and T free; its metadata hold
-the sampling rate, the mel's recipe, and what sherpa-onnx asks of a vocoder. docs/onnx.md says how
-to stream with it. Needs the packages onnx, onnxscript and onnxruntime.
+The file maps `mel` [B, num_mels, T] to `wav` [B, 1, T * hop_size], with free B and T. Its metadata
+contain the sampling rate, the recipe of the mel, and what sherpa-onnx asks of a vocoder. Needs the
+packages onnx and onnxruntime. docs/onnx.md describes streams.
 """
 
 import argparse
 import copy
+import io
 import json
-import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from env import Config, UserError
 from harmonic import HarmonicNoiseHead
 from inference import load_generator
 from meldataset import MEL_KEYS, SILENT_LOG_MEL, LogMelSpectrogram
-from models import MISR, Generator, block_padding
+from models import Generator
+from onnx_graph import GraphGenerator
+from onnx_stream import StreamGenerator
 from utils import atomic_write, command_line, command_parser
 
 if TYPE_CHECKING:
     import onnx
 
-# What one has to know to make the right mel, and to play the result.
+OPSET = 18
+
 METADATA_KEYS = MEL_KEYS
-MEL_RECIPE = "the logarithm of mel bands of an STFT, by the keys above; HiFi-GAN's by default"
+MEL_RECIPE = "logarithm of mel bands of an STFT, with the settings in the other entries"
+MODEL_TYPE = "hifigan"  # by which sherpa-onnx recognises a vocoder from log-mel to waveform
 
-SET_OF_CHANNELS = 64  # in ONNX Runtime's convolutions
-LAST = 2**63 - 1  # in ONNX, the end of any slice
-
-# The key by which sherpa-onnx knows a vocoder that takes a log-mel and gives a waveform.
-MODEL_TYPE = "hifigan"
-
+# The largest differences that the check of a file allows.
 CHECKED_SHAPES = ((1, 1), (1, 2), (1, 33), (2, 100), (1, 333))  # B, T
-LARGEST_DIFFERENCE = 1e-4  # of the output's peak
-# The phase of pulses adds up what rounding does to their pitch, and consistency steps enlarge that:
-# of mels so random as these, the samples of long ones tell rounding from mistakes no more. Their
-# log-mels do, the mean of whose differences is 0.0004 at most by rounding, 0.15 by another noise.
-CHECKED_OF_PULSES = ((1, 1), (1, 2), (1, 33), (2, 20))
-LARGEST_OF_PULSES = 1e-2
-LARGEST_OF_LOG_MELS = 2e-3
+MAX_DIFFERENCE = 1e-4  # of the peak of the waveform
+# The phase of frame-rate generators sums up the rounding of F0, and Griffin-Lim magnifies it. Random
+# mels are the worst case: after 100 frames their samples no longer tell rounding from mistakes, but
+# their log-mels do. The mean difference of these is at most 0.0004 from rounding, and 0.15 when the
+# noise is another one.
+FRAME_RATE_SHAPES = ((1, 1), (1, 2), (1, 33), (2, 20))
+MAX_FRAME_RATE_DIFFERENCE = 1e-2
+MAX_LOG_MEL_DIFFERENCE = 2e-3
 
 
-class Conv2dMISR(nn.Module):
-    """A MISR [B, C, T] -> [B, C, T] as ONNX Runtime runs it fast: as rows of a picture.
-
-    ONNX Runtime has fast convolutions (channels in blocks, activations and sums inside) for
-    pictures only, and shares out among its threads rows and sets of 64 channels. So the shared
-    block runs on [B, C, rows, T'], by kernels of height 1: a row is a view of the input, or, of one
-    set of channels, a view of the first or of the second half of the time; else, of the three views
-    of two threads, one would wait for the other. The halves overlap by what the block reaches, and
-    each has one end of the whole, where the block pads as it does there.
-
-    A kernel of height N makes the N views of a row, padded by N - 1 rows on both sides, of which
-    each view meets it in another of the kernel's rows; another kernel merges them.
-    """
-
-    def __init__(self, misr: MISR):
-        super().__init__()
-        N, C = misr.num_inputs, misr.input_conv.in_channels
-        self.num_inputs, self.reach = N, block_padding(misr)[0]
-        self.is_halved = C <= SET_OF_CHANNELS
-        self.views = nn.Conv2d(C, C, (N, 1), padding=(N - 1, 0), bias=False)
-        self.views.weight = _parameter(
-            misr.input_conv.weight.reshape(N, C, C).flip(0).permute(1, 2, 0)[..., None]
-        )
-        bias = misr.input_conv.bias.reshape(N, C).T[..., None]
-        self.bias = _parameter(bias.repeat(1, 2, 1) if self.is_halved else bias)
-        self.resblock = copy.deepcopy(misr.resblock)
-        for name, convs in self.resblock.named_children():
-            setattr(self.resblock, name, nn.ModuleList(map(_as_picture, convs)))
-        self.merge = None
-        if misr.output_conv is not None:
-            self.merge = nn.Conv2d(C, C, (N, 1), stride=(N, 1))
-            self.merge.weight = _parameter(
-                misr.output_conv.weight.reshape(C, N, C).transpose(1, 2)[..., None]
-            )
-            self.merge.bias = misr.output_conv.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.unsqueeze(2)
-        if self.is_halved:
-            rows = halves(rows, self.reach, self.num_inputs - 1)
-        y = self.resblock(self.views(rows) + self.bias)
-        y = self.merge(y) if self.merge else y.unflatten(2, (-1, self.num_inputs)).mean(3)
-        return (whole(y, x) if self.is_halved else y).squeeze(2)
-
-
-# To the exporter, operators of their own: it would reason for minutes about lengths of their parts.
-
-
-@torch.library.custom_op("misrnet::halves", mutates_args=())
-def halves(x: torch.Tensor, reach: int, gap: int) -> torch.Tensor:
-    """[B, C, 1, T] -> [B, C, 1 + gap + 1, T']: its halves, longer by `reach`, and rows of zeros.
-
-    T' is T where that leaves no more.
-    """
-    T = x.shape[3]
-    length = min(T, T - T // 2 + reach)
-    first = nn.functional.pad(x[..., :length], (0, 0, 0, gap))
-    return torch.cat((first, x[..., T - length :]), 2)
-
-
-@halves.register_fake
-def _(x: torch.Tensor, reach: int, gap: int) -> torch.Tensor:
-    B, C, _, _ = x.shape
-    return x.new_empty(B, C, gap + 2, torch.library.get_ctx().new_dynamic_size())
-
-
-@torch.library.custom_op("misrnet::whole", mutates_args=())
-def whole(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The halves [B, C, 2, T'], without what they have twice, as [B, C, 1, T], T as of `like`."""
-    half = like.shape[2] // 2
-    return torch.cat((y[:, :, :1, :half], y[:, :, 1:, half - like.shape[2] :]), 3)
-
-
-@whole.register_fake
-def _(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(like).unsqueeze(2)
-
-
-def translations() -> dict:
-    """The two operators in ONNX, for the exporter."""
-    from onnxscript import opset18 as op
-
-    def onnx_halves(x, reach: int, gap: int):
-        T = op.Shape(x, start=3)
-        length = op.Min(T, T - T / 2 + reach)
-        first = op.Slice(x, [0], length, [3])
-        second = op.Slice(x, T - length, T, [3])
-        return op.Concat(op.Pad(first, [0, gap], axes=[2]), second, axis=2)
-
-    def onnx_whole(y, like):
-        T = op.Shape(like, start=2)
-        first = op.Slice(op.Slice(y, [0], [1], [2]), [0], T / 2, [3])
-        second = op.Slice(op.Slice(y, [1], [2], [2]), T / 2 - T, [LAST], [3])
-        return op.Concat(first, second, axis=3)
-
-    ops = torch.ops.misrnet
-    return {ops.halves.default: onnx_halves, ops.whole.default: onnx_whole}
-
-
-def _parameter(weight: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(weight.detach().contiguous())
-
-
-def _as_picture(conv: nn.Conv1d) -> nn.Conv2d:
-    """`conv` for [B, C, H, T], on each of the H rows."""
-    (kernel_size,), (padding,), (dilation,) = conv.kernel_size, conv.padding, conv.dilation
-    picture = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        (1, kernel_size),
-        padding=(0, padding),
-        dilation=(1, dilation),
-    )
-    picture.weight, picture.bias = _parameter(conv.weight.unsqueeze(2)), conv.bias
-    return picture
-
-
-def with_conv2d_misr(generator: Generator) -> Generator:
-    """A copy of `generator` whose MISRs run as `Conv2dMISR`s: the same samples, to rounding."""
-    generator = copy.deepcopy(generator)
-    for i, block in enumerate(generator.resblocks):
-        if isinstance(block, MISR):
-            generator.resblocks[i] = Conv2dMISR(block)
-    return generator
-
-
-def has_pulses(generator: Generator) -> bool:
-    """True for `frame_v2` and its like, whose samples depend on all of the mel before."""
+def is_frame_rate(generator: Generator) -> bool:
+    """Returns whether the samples of `generator` depend on the phase, and so on the whole mel."""
     return isinstance(generator.head, HarmonicNoiseHead)
 
 
 @torch.no_grad()
 def in_half_precision(generator: Generator) -> Generator:
-    """A copy of `generator` whose weights, but for biases, are rounded to what fp16 holds."""
+    """Returns a copy of `generator` with its weights, but for biases, rounded to fp16."""
     generator = copy.deepcopy(generator)
     for parameter in generator.parameters():
         if parameter.dim() > 1:
@@ -191,9 +64,9 @@ def in_half_precision(generator: Generator) -> Generator:
 
 
 def store_halves(model: "onnx.ModelProto") -> None:
-    """Stores as fp16 the weights of `model` that fp16 holds exactly; it computes in fp32 still.
+    """Stores the weights of `model` that fp16 holds exactly as fp16; it computes in fp32 still.
 
-    Each is cast when the file is loaded, once.
+    Each is cast once, when the file is loaded.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -208,38 +81,79 @@ def store_halves(model: "onnx.ModelProto") -> None:
 
 
 def to_onnx(generator: Generator, h: Config) -> "onnx.ModelProto":
-    """The ONNX form of `generator`, with free batch and length."""
+    """Returns `generator` in ONNX, with free batch and length."""
     mel = torch.zeros(2, h.num_mels, 9)
-    # The exporter speaks of packages that no vocoder needs, and of its own dependencies.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    model = trace(
+        GraphGenerator(generator),
+        (mel,),
+        input_names=["mel"],
+        output_names=["wav"],
+        dynamic_axes={"mel": {0: "B", 2: "T"}, "wav": {0: "B", 2: "N"}},
+    )
+    if not is_frame_rate(generator):  # its pulses would begin anew in each chunk
+        add_metadata(model, receptive_field=json.dumps(generator.receptive_field))
+    describe_mel(model, h)
+    return model
+
+
+def to_stream_onnx(generator: Generator, h: Config, frames: int) -> "onnx.ModelProto":
+    """Returns `generator` in ONNX for pieces of `frames` frames, with explicit state."""
+    stream = StreamGenerator(generator, h, frames)
+    names = stream.state_names
+    model = trace(
+        stream,
+        (torch.zeros(1, h.num_mels, frames), *stream.initial_state),
+        input_names=["mel", *names],
+        output_names=["wav", *(f"next.{name}" for name in names)],
+    )
+    state = {
+        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in zip(names, stream.initial_state, strict=True)
+    }
+    latency = str(stream.latency_samples)
+    add_metadata(model, frames=str(frames), latency_samples=latency, state=json.dumps(state))
+    describe_mel(model, h)
+    return model
+
+
+def trace(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **names) -> "onnx.ModelProto":
+    """Returns the ONNX form of `module`.
+
+    By TorchScript, which takes seconds: torch.export reasons for minutes about the lengths of the
+    parts of a waveform.
+    """
+    import onnx
+
+    contents = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            with_conv2d_misr(generator),
-            (mel,),
-            dynamo=True,
-            dynamic_shapes={"mel": {0: "B", 2: "T"}},
-            input_names=["mel"],
-            output_names=["wav"],
-            custom_translation_table=translations(),
-            verbose=False,
+        torch.onnx.export(
+            module.eval(),
+            inputs,
+            contents,
+            dynamo=False,
+            opset_version=OPSET,
+            do_constant_folding=False,  # ONNX Runtime does it, and the file stays small
+            **names,
         )
-    model = program.model_proto
-    for node in model.graph.node:
-        node.ClearField("metadata_props")  # lines of this source code, with their paths
-    for key in METADATA_KEYS:
-        model.metadata_props.add(key=key, value=json.dumps(getattr(h, key)))
-    if not has_pulses(generator):  # they would begin anew in each chunk
-        receptive_field = json.dumps(generator.receptive_field)
-        model.metadata_props.add(key="receptive_field", value=receptive_field)
-    model.metadata_props.add(key="mel", value=MEL_RECIPE)
-    model.metadata_props.add(key="model_type", value=MODEL_TYPE)
-    return model
+    return onnx.load_from_string(contents.getvalue())
+
+
+def describe_mel(model: "onnx.ModelProto", h: Config) -> None:
+    """Adds metadata about the mel that `model` takes and the waveform that it returns."""
+    about = {key: json.dumps(getattr(h, key)) for key in METADATA_KEYS}
+    add_metadata(model, **about, mel=MEL_RECIPE, model_type=MODEL_TYPE)
+
+
+def add_metadata(model: "onnx.ModelProto", **entries: str) -> None:
+    """Adds entries to the metadata of `model`."""
+    for key, value in entries.items():
+        model.metadata_props.add(key=key, value=value)
 
 
 def checked_shapes(generator: Generator) -> tuple[tuple[int, int], ...]:
     """(B, T) of the mels by which an exported generator is compared with PyTorch's."""
-    return CHECKED_OF_PULSES if has_pulses(generator) else CHECKED_SHAPES
+    return FRAME_RATE_SHAPES if is_frame_rate(generator) else CHECKED_SHAPES
 
 
 def waveforms(
@@ -293,14 +207,14 @@ def exported(generator: Generator, h: Config, a: argparse.Namespace) -> bytes:
     difference = largest_difference(contents, rounded)
     shapes = ", ".join(f"{B} x {T}" for B, T in checked_shapes(generator))
     print(f"largest difference from PyTorch: {difference:.1e} of the peak ({shapes} frames)")
-    allowed = LARGEST_OF_PULSES if has_pulses(generator) else LARGEST_DIFFERENCE
+    allowed = MAX_FRAME_RATE_DIFFERENCE if is_frame_rate(generator) else MAX_DIFFERENCE
     if not difference <= allowed:  # NaN neither
         raise UserError(f"{a.output}: not written, for the difference is above {allowed:g}")
-    if has_pulses(generator):
+    if is_frame_rate(generator):
         difference = log_mel_difference(contents, rounded, h)
         print(f"mean difference of log-mels, of long mels too: {difference:.1e}")
-        if not difference <= LARGEST_OF_LOG_MELS:
-            raise UserError(f"{a.output}: not written, for that is above {LARGEST_OF_LOG_MELS:g}")
+        if not difference <= MAX_LOG_MEL_DIFFERENCE:
+            raise UserError(f"{a.output}: not written, for that is above {MAX_LOG_MEL_DIFFERENCE:g}")
     if a.precision == "fp16":
         by_rounding = largest_difference(contents, generator)
         print(f"largest difference from fp32 weights: {by_rounding:.1e} of the peak")
@@ -339,7 +253,7 @@ def main() -> None:
             model = exported(generator, h, a)
         except ImportError as error:
             missing = error.name or error
-            install = "pip install onnx onnxscript onnxruntime"
+            install = "pip install onnx onnxruntime"
             raise UserError(f"{missing} is missing: {install}") from None
         temporary.write_bytes(model)
     print(f"{a.output}: {len(model) / 1e6:.1f} MB")

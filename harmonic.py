@@ -49,8 +49,8 @@ BURST_SHARPNESS = 2.0
 BURST_RMS = math.exp(-BURST_SHARPNESS) * math.sqrt(float(torch.i0(torch.tensor(4.0))))
 
 GRIFFIN_LIM_MOMENTUM = 0.99
-MAX_TRAINING_STEPS = 8  # of Griffin-Lim
-PHASE_SOFTNESS = 0.08  # power, as a share of the target power, below which a phase counts less
+MAX_TRAINING_STEPS = 8  # Griffin-Lim steps in training
+PHASE_SOFTNESS = 0.08  # share of the target power; bins with less power are attenuated
 
 PATCH_BINS = 4  # neighbouring bins form one patch: one position of the refiner's convolutions
 COND_CHANNELS = 3  # conditioning of the refiner, for each patch
@@ -63,11 +63,14 @@ EPSILON = 1e-5  # magnitude
 
 
 class PhaseState(NamedTuple):
-    """The position of a piece of a mel in the whole mel, so that pulses and noise continue."""
+    """The position of a piece of a mel in the whole mel, so that pulses and noise continue.
 
-    frame: int | torch.Tensor = 0  # number in the whole mel of the piece's first frame
-    anchor: int = 0  # a frame of the piece at whose first sample
-    phase: float | torch.Tensor = 0.0  # the unwrapped phase of the pulse train, in cycles, is known
+    The unwrapped phase of the pulse train is known at the first sample of one frame, the anchor.
+    """
+
+    frame: int | torch.Tensor = 0  # index of the piece's first frame in the whole mel
+    anchor: int = 0  # index of the anchor in the piece
+    phase: float | torch.Tensor = 0.0  # unwrapped phase at the anchor, in cycles
 
 
 class Excitation(NamedTuple):
@@ -79,10 +82,11 @@ class Excitation(NamedTuple):
 
 
 class HarmonicNoiseHead(nn.Module):
-    """Turns predictions at the frame rate into a waveform; see the head of this file.
+    """Turns predictions at the frame rate into a waveform; the top of this file has the equation.
 
     forward(x [B, in_channels, T], mel [B, num_mels, T], state) -> wav [B, 1, T * hop_size]. In
-    training, each call draws a random state; otherwise the default state starts a new mel.
+    training, each mel gets a random state. Otherwise the default is the state at the start of a
+    mel.
     """
 
     def __init__(self, h: Config):
@@ -121,7 +125,7 @@ class HarmonicNoiseHead(nn.Module):
     def f0_aperiodicity(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns log F0 [B, T] in log Hz, float64, and the aperiodicity [B, T, bins].
 
-        F0 is in float64 because the phase sums it up, rounding errors included.
+        F0 is in float64 because the phase is its cumulative sum, in which rounding errors add up.
         """
         _, aperiodicity, log_f0, _ = self._split(x)
         with _full_precision(x):
@@ -150,7 +154,10 @@ class HarmonicNoiseHead(nn.Module):
     def unrefined(
         self, x: torch.Tensor, mel: torch.Tensor, excitation: Excitation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns S, its log magnitude before the refiner, and the refiner's input."""
+        """Returns S, its log magnitude before the refiner, and the input of the refiner.
+
+        The shapes are [B, T, bins] (complex), [B, T, bins] and [B, channels, T, patches].
+        """
         correction, _, _, conditioning = self._split(x)
         with _full_precision(x):
             mel = self.log_amplitude_scale * mel.clamp(min=self.min_log_mel)
@@ -161,7 +168,7 @@ class HarmonicNoiseHead(nn.Module):
             magnitude = _magnitude(spectrum)
             gain = self.match_levels(magnitude, mel)
             log_magnitude = magnitude.log() + gain + correction
-            pictures = (
+            maps = (
                 log_magnitude.detach() / LOG_MAG_SCALE,
                 _magnitude(excitation.pulses).log() / LOG_MAG_SCALE,
                 _magnitude(excitation.noise).log() / LOG_MAG_SCALE,
@@ -169,7 +176,7 @@ class HarmonicNoiseHead(nn.Module):
                 mel / LOG_MAG_SCALE @ self.mel_to_bins,
                 aperiodicity,
             )
-        return spectrum, log_magnitude, self.refiner.to_patches(pictures, conditioning)
+        return spectrum, log_magnitude, self.refiner.to_patches(maps, conditioning)
 
     def magnitude(self, log_magnitude: torch.Tensor) -> torch.Tensor:
         """Returns the magnitude [B, T, bins], limited to that of a waveform in [-1, 1]."""
@@ -186,9 +193,10 @@ class HarmonicNoiseHead(nn.Module):
         return (mel - log_mel) @ self.mel_to_bins
 
     def griffin_lim(self, spectrum: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-        """Returns the waveform [B, 1, N] of magnitudes [B, T, bins] and the phase of a spectrum.
+        """Returns the waveform [B, 1, N] of a magnitude [B, T, bins].
 
-        Each step takes the phase of the STFT of the waveform, extrapolated by the momentum.
+        The initial phase is that of `spectrum` [B, T, bins]. Each step replaces it by the phase of
+        the waveform's STFT, extrapolated with momentum.
         """
         normaliser = self.stft.normaliser(magnitude.shape[1])
         floor = magnitude_floor(magnitude)
@@ -211,7 +219,8 @@ class HarmonicNoiseHead(nn.Module):
     ) -> PhaseState:
         """Returns the state for a later piece that starts at frame `first` of this one.
 
-        The phase is taken over at `frame`, which must lie in both pieces.
+        `frame` is the anchor of the new state, as an index in this piece. It must lie in both
+        pieces.
         """
         state = state or PhaseState()
         log_f0, _ = self.f0_aperiodicity(x)
@@ -231,7 +240,7 @@ class HarmonicNoiseHead(nn.Module):
     def noise_from(self, frame: int | torch.Tensor, size: int) -> torch.Tensor:
         """Returns `size` samples, [size] or [B, size], of the noise from frame `frame` on.
 
-        The first sample lies the STFT's left margin before the frame.
+        The samples start `stft.margins[0]` before the frame, as the input of the STFT does.
         """
         samples = torch.arange(size, device=self.noise.device) - self.stft.margins[0]
         return self.noise[(samples + frame * self.hop_size) % len(self.noise)]
@@ -256,8 +265,8 @@ class HarmonicNoiseHead(nn.Module):
     def receptive_field(self) -> tuple[int, int]:
         """The numbers of frames, before and after its own, that a sample depends on."""
         n_fft, hop_size, before = self.stft.n_fft, self.hop_size, self.stft.margins[0]
-        # A sample is in the windows of some frames; these contain pulses; a pulse needs the F0 of
-        # the two frames around it.
+        # A sample lies in the windows of several frames. The pulses in a window depend on F0 at the
+        # centres of the two nearest frames.
         first = -((n_fft - 1 - before) // hop_size) * hop_size - before
         last = (hop_size - 1 + before) // hop_size * hop_size - before + n_fft - 1
         window = max(-((first - hop_size // 2) // hop_size), (last + hop_size // 2) // hop_size)
@@ -302,15 +311,15 @@ class PulseTrain(nn.Module):
         log_f0 is [B, T]. In the margins, before the first frame and after the last, F0 is held.
         """
         f0 = self.interpolate(log_f0).exp()
-        cycles = f0 / self.sampling_rate
-        phase = cycles.cumsum(1) - cycles  # at the start of each sample
+        increment = f0 / self.sampling_rate  # cycles per sample
+        phase = increment.cumsum(1) - increment  # at the start of each sample
         phase = phase - phase[:, state.anchor * self.hop_size, None] + state.phase
         before, after = (torch.arange(1, n + 1, device=f0.device) for n in self.margins)
         phase = torch.cat(
             [
-                phase[:, :1] - cycles[:, :1] * before.flip(0),
+                phase[:, :1] - increment[:, :1] * before.flip(0),
                 phase,
-                phase[:, -1:] + cycles[:, -1:] * after,
+                phase[:, -1:] + increment[:, -1:] * after,
             ],
             dim=1,
         )
@@ -323,22 +332,22 @@ class PulseTrain(nn.Module):
 
 
 class Refiner(nn.Module):
-    """Adds to the log magnitudes what single frames cannot tell, such as valleys of harmonics.
+    """Predicts a correction of the log magnitudes, for example of the valleys between harmonics.
 
-    forward(patches [B, channels, T, patches], from `to_patches`) -> [B, T, bins]. A residual
+    forward(patches [B, channels, T, patches], from `to_patches`) -> [B, T, bins]. It is a residual
     network over time and frequency, on patches of PATCH_BINS bins. Its residual units have two
-    convolutions with `resblock` "1" and one with "2". The highest bins, which fill no patch, are
-    left unchanged.
+    convolutions with `resblock` "1" and one with "2". The highest bins, which fill no patch, get no
+    correction.
     """
 
-    PICTURES = 6  # log magnitude, log pulses, log noise, level gain, mel, aperiodicity
+    MAPS = 6  # log magnitude, log pulses, log noise, level gain, mel, aperiodicity
 
     def __init__(self, h: Config):
         super().__init__()
         C, self.bins = h.refiner_channels, h.n_fft // 2 + 1
         self.patches = self.bins // PATCH_BINS
         ahead_first, ahead = (None, None) if h.lookahead_frames is None else (1, 0)
-        channels = self.PICTURES * PATCH_BINS + COND_CHANNELS
+        channels = self.MAPS * PATCH_BINS + COND_CHANNELS
         self.conv_pre = Conv3x3(channels, C, lookahead=ahead_first)
         self.convs1 = nn.ModuleList(
             Conv3x3(C, C, dilation=dilation, lookahead=ahead) for dilation in REFINER_DILATIONS
@@ -370,15 +379,12 @@ class Refiner(nn.Module):
             return [(conv,) for conv in self.convs1]
         return list(zip(self.convs1, self.convs2, strict=True))
 
-    def to_patches(
-        self, pictures: Sequence[torch.Tensor], conditioning: torch.Tensor
-    ) -> torch.Tensor:
+    def to_patches(self, maps: Sequence[torch.Tensor], conditioning: torch.Tensor) -> torch.Tensor:
         """Returns the input of conv_pre, [B, channels, T, patches].
 
-        `pictures` are PICTURES tensors [B, T, bins]; conditioning is
-        [B, T, COND_CHANNELS * patches].
+        `maps` are MAPS tensors [B, T, bins]; conditioning is [B, T, COND_CHANNELS * patches].
         """
-        parts = [picture[:, :, : self.patches * PATCH_BINS] for picture in pictures]
+        parts = [each[:, :, : self.patches * PATCH_BINS] for each in maps]
         parts = [part.unflatten(2, (self.patches, -1)) for part in (*parts, conditioning)]
         return torch.cat(parts, dim=3).to(self.linear_post.bias.dtype).permute(0, 3, 1, 2)
 
@@ -392,8 +398,8 @@ class Refiner(nn.Module):
 class Conv3x3(nn.Conv2d):
     """A convolution of [B, C, T, patches] over three frames and three patches; keeps the sizes.
 
-    `dilation` is along frequency. `lookahead` is the number of frames (0 to 2) that the output
-    depends on after its own; None stands for the symmetric 1.
+    `dilation` is along frequency. `lookahead` is the number of later frames (0 to 2) that the
+    output depends on. None selects the symmetric convolution, with one later frame.
     """
 
     def __init__(self, c_in: int, c_out: int, dilation: int = 1, lookahead: int | None = None):
@@ -418,7 +424,7 @@ class STFT(nn.Module):
     def __init__(self, h: Config):
         super().__init__()
         self.n_fft, self.hop_size, self.margins = h.n_fft, h.hop_size, stft_margins(h)
-        self.overlap = sum(self.margins) // h.hop_size  # a frame overlaps so many before it
+        self.overlap = sum(self.margins) // h.hop_size  # in frames
         window = LogMelSpectrogram(h, h.fmax).window
         window = F.pad(window, ((h.n_fft - h.win_size) // 2,) * 2)
         window = F.pad(window, (0, h.n_fft - len(window)))
@@ -454,13 +460,19 @@ class STFT(nn.Module):
 
 
 def stft_margins(h: Config) -> tuple[int, int]:
-    """Returns how many samples before and after T * hop_size ones the windows of T frames cover."""
+    """Returns how far the windows of T frames extend beyond T * hop_size samples.
+
+    The two numbers are samples before the first and after the last of them.
+    """
     before, hops = (h.n_fft - h.hop_size) // 2, math.ceil(h.n_fft / h.hop_size)
     return before, (hops - 1) * h.hop_size - before
 
 
 def random_phase_state(mel: torch.Tensor) -> PhaseState:
-    """Returns a state for each mel of [B, num_mels, T] that follows from the mel: reproducible."""
+    """Returns a pseudo-random state for each mel of a batch [B, num_mels, T].
+
+    It is computed from the mel and its row, so that training is reproducible.
+    """
     rows = torch.arange(len(mel), device=mel.device)[:, None]
     number = mel.double().sum((1, 2)).square()[:, None] + 1000 * math.pi * rows
     return PhaseState(frame=number.long(), phase=number)
@@ -481,8 +493,8 @@ def mel_to_bins(filterbank: torch.Tensor) -> torch.Tensor:
 def with_magnitude(x: torch.Tensor, magnitude: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     """Returns complex numbers [...] with the phase of x [...] and a magnitude [...].
 
-    Where |x| is small beside the magnitude, its phase is noise and rounding would turn it. The
-    floor of |x|^2, from `magnitude_floor`, makes the result smaller there.
+    Where |x| is much smaller than the magnitude, rounding errors change the phase of x. The floor
+    of |x|^2, from `magnitude_floor`, makes the result smaller there.
     """
     power = torch.add(floor, _power(x), alpha=1 - PHASE_SOFTNESS)
     return x * (magnitude * power.rsqrt())
@@ -505,5 +517,5 @@ def _power(x: torch.Tensor) -> torch.Tensor:
 
 
 def _full_precision(x: torch.Tensor) -> torch.autocast:
-    """Returns a context in which nothing is computed in bfloat16."""
+    """Returns a context that switches autocast off."""
     return torch.autocast(x.device.type, enabled=False)

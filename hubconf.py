@@ -1,4 +1,4 @@
-"""For torch.hub: the shipped weights, their mel, and synthesis in a stream.
+"""Entry points for torch.hub: the shipped weights, their mel, and streaming synthesis.
 
 generator = torch.hub.load("path/to/misrnet", "misrnet", source="local")
 log_mel = torch.hub.load("path/to/misrnet", "log_mel", source="local")
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from models import Generator
     from streaming import Streamer
 
-dependencies = ["torch", "numpy", "librosa", "soundfile", "scipy", "tqdm"]
+dependencies = ["torch", "numpy", "soundfile", "soxr", "tqdm"]
 
 ROOT = Path(__file__).resolve().parent
 PRETRAINED = ROOT / "pretrained"

@@ -1,4 +1,4 @@
-"""Vocodes audio files: wav -> log-mel -> wav, to hear what a vocoder can do at best.
+"""Copies audio files through a vocoder, wav -> log-mel -> wav, to test it on exact mels.
 
     python inference.py --input_wavs_dir test_files --checkpoint_file cp_misrnet/g_00500000
 
@@ -7,7 +7,7 @@ From Python:
     from inference import Streamer, load_generator, synthesize
     generator, h = load_generator("cp_misrnet/g_00500000", device="cpu")
     wav = synthesize(generator, mel)    # [num_mels, T] -> [T * hop_size] at h.sampling_rate
-    streamer = Streamer(generator)      # for a mel that is still being made: streaming.py
+    streamer = Streamer(generator)      # for a mel that arrives in pieces: see streaming.py
     samples = streamer.feed(mel[:, :8])
 """
 
@@ -124,9 +124,9 @@ def synthesize(generator: Generator, mel: torch.Tensor, chunk_frames: int = 0) -
 def stream(generator: Generator, mel: torch.Tensor, chunk_frames: int) -> Iterator[torch.Tensor]:
     """Yields the waveform of a log-mel [num_mels, T] in pieces of `chunk_frames` frames each.
 
-    The pieces equal the waveform of the whole mel, to rounding; each is computed with as much
-    context as the receptive field asks for. 0 frames: all at once. For a mel that is still being
-    made, use `Streamer`.
+    The pieces equal the waveform of the whole mel, to rounding, because each is computed with the
+    frames of the receptive field around it. With `chunk_frames` 0, the whole mel is one piece. For
+    a mel that arrives in pieces, use `Streamer`.
 
     Raises:
         TypeError: not a tensor or array of real numbers.
@@ -188,7 +188,7 @@ def add_arguments(
         flag,
         metavar="PATH",
         default=default,
-        help=f"{holds}: a folder, searched in depth, or one file",
+        help=f"{holds}: a folder, searched recursively, or one file",
     )
     files.add_argument(
         "--output_dir", metavar="DIR", default=output_dir, help="for the wavs; made if needed"
@@ -205,22 +205,22 @@ def add_arguments(
         "--precision",
         default="fp32",
         choices=("fp32", "bf16"),
-        help="of all layers but the last; bf16 is faster where the processor computes in it",
+        help="precision of all layers but the last; bf16 is faster on processors that support it",
     )
     machine.add_argument(
         "--batch_size",
         type=positive,
         default=1,
         metavar="N",
-        help="files at once, of like sizes, where none is longer than a chunk",
+        help="files of similar size in a batch, if none is longer than a chunk",
     )
     machine.add_argument(
         "--chunk_frames",
         type=natural,
         default=1024,
         metavar="N",
-        help="mel frames (of hop_size samples) at once: less takes less memory and gives the same "
-        "samples; 0 takes each file whole",
+        help="mel frames that are processed at a time; fewer take less memory and give the same "
+        "samples; 0: the whole file",
     )
 
 
@@ -288,7 +288,7 @@ def start(a: argparse.Namespace) -> tuple[Generator, Config]:
     """Sets the process up for inference and returns the generator that the flags name."""
     device = select_device(a.device)
     if device.type == "cpu":
-        speed_up_cpu()  # first: threads inherit how denormals are treated
+        speed_up_cpu()  # first, because threads inherit this setting
     say_if_slow(a.precision, device)
     return load_generator(a.checkpoint_file, a.device, a.precision)
 
@@ -296,7 +296,7 @@ def start(a: argparse.Namespace) -> tuple[Generator, Config]:
 def main() -> int:
     """Vocodes a folder of audio files."""
     parser = command_parser(
-        "Audio files to mels and back: <output_dir>/<name>_generated.wav for each, PCM 16.",
+        "Vocodes the mel of each audio file to <output_dir>/<name>_generated.wav, 16-bit.",
         example="python inference.py --input_wavs_dir test_files "
         "--checkpoint_file cp_misrnet/g_00500000",
     )

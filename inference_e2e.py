@@ -7,8 +7,7 @@ In a pipe, it synthesizes while frames arrive:
     tts | python inference_e2e.py --input_mels_dir - --checkpoint_file cp_misrnet/g_00500000 | aplay
 
 Standard input holds frames one after the other, each num_mels float32 values (little-endian).
-Standard output is a wav, PCM 16, whose header leaves its length open. Messages go to standard
-error.
+Standard output is a 16-bit wav whose header gives no length. Messages go to standard error.
 """
 
 import argparse
@@ -25,18 +24,18 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from audio import PCM16_MAX, load_mel, mel_warning, say_mel_warnings
+from audio import load_mel, mel_warning, say_mel_warnings, to_pcm16
 from env import UsageError, UserError
 from inference import Mel, Streamer, add_arguments, start, vocode_files
 from meldataset import LogMelSpectrogram
 from utils import command_line, command_parser, plan_outputs, say
 
 MAX_PIPE_FRAMES = 1024  # at once, if --chunk_frames is 0
-OPEN_LENGTH = 2**32 - 1  # in the header of a wav whose length is not known, as ffmpeg writes it
+OPEN_LENGTH = 2**32 - 1  # stands for an unknown length in a header, as in ffmpeg's wavs
 NPY_MAGIC = b"\x93NUMPY"
-CHECKED_FRAMES = 32  # of a pipe: fewer frames of good mels can look wrong
-# In a mel, neighbouring frames differ about as much as neighbouring bands do. With bands first,
-# they differ several times as much.
+CHECKED_FRAMES = 32  # at the start of a pipe; fewer frames of a good mel can look wrong
+# The mean difference of neighbouring frames, relative to that of neighbouring bands, is about 1 in
+# a mel and several times larger in a transposed one.
 MAX_FRAME_TO_BAND_RATIO = 2.5
 
 
@@ -54,17 +53,17 @@ def readable_mels(paths: Iterable[Path], num_mels: int) -> Iterator[tuple[Path, 
 
 
 def wav_header(sampling_rate: int) -> bytes:
-    """Returns the header of a mono wav in PCM 16 of open length."""
+    """Returns the header of a mono 16-bit wav of unknown length."""
     of_format = (b"fmt ", 16, 1, 1, sampling_rate, 2 * sampling_rate, 2, 16)
     riff = struct.pack("<4sI4s", b"RIFF", OPEN_LENGTH, b"WAVE")
     return riff + struct.pack("<4sIHHIIHH", *of_format) + struct.pack("<4sI", b"data", OPEN_LENGTH)
 
 
-def pcm16(wav: torch.Tensor) -> bytes:
-    """Returns a waveform [N] as PCM 16, clamped; raises UserError if it is not finite."""
+def finite_pcm16(wav: torch.Tensor) -> bytes:
+    """Returns a waveform [N] as 16-bit PCM; raises UserError if it is not finite."""
     if not wav.isfinite().all():
         raise UserError("the waveform is not finite; is the checkpoint good?")
-    return (wav.cpu().float().clamp(-1, 1) * PCM16_MAX).round().numpy().astype("<i2").tobytes()
+    return to_pcm16(wav)
 
 
 def pipe_warning(mel: torch.Tensor, log_mel: LogMelSpectrogram) -> str | None:
@@ -127,21 +126,21 @@ def checked(frames: Iterable[np.ndarray], log_mel: LogMelSpectrogram) -> Iterato
 def vocode_pipe(streamer: Streamer, frames: Iterable[np.ndarray], sink: BinaryIO) -> None:
     """Writes the samples of `frames` [num_mels, n] to `sink` as soon as they are final.
 
-    Each piece takes all frames that arrived during the last one, so that a slow processor computes
-    more at a time.
+    Each piece contains all frames that arrived while the last one was computed, so that a slow
+    processor computes more frames at a time.
 
     Raises:
         UserError: as `read_frames`; the samples of the frames before the error are written.
-        BrokenPipeError: nobody reads `sink`.
+        BrokenPipeError: the reader of `sink` has closed it.
     """
     error = None
     try:
         for mel in frames:
-            sink.write(pcm16(streamer.feed(mel)))
+            sink.write(finite_pcm16(streamer.feed(mel)))
             sink.flush()
     except UserError as unusable:
         error = unusable
-    sink.write(pcm16(streamer.flush()))
+    sink.write(finite_pcm16(streamer.flush()))
     sink.flush()
     if error is not None:
         raise error
@@ -162,7 +161,7 @@ def run_pipe(a: argparse.Namespace) -> int:
             max_frames = a.chunk_frames or MAX_PIPE_FRAMES
             frames = read_frames(sys.stdin.buffer, h.num_mels, max_frames)
             vocode_pipe(streamer, checked(frames, LogMelSpectrogram(h, h.fmax)), sink)
-        except BrokenPipeError:  # ends as every tool in a pipe does
+        except BrokenPipeError:  # ends like other tools in a pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
             return 128 + signal.SIGPIPE
     return 0
@@ -171,16 +170,16 @@ def run_pipe(a: argparse.Namespace) -> int:
 def main() -> int:
     """Vocodes a folder of .npy mels."""
     parser = command_parser(
-        "Log-mels to <output_dir>/<name>_generated_e2e.wav for each, PCM 16. With\n"
-        "--input_mels_dir -, raw float32 frames from standard input to a wav on standard\n"
-        "output, while they arrive: tts | python inference_e2e.py --input_mels_dir - ... | aplay",
+        "Turns each log-mel into <output_dir>/<name>_generated_e2e.wav, 16-bit. With\n"
+        "--input_mels_dir -, turns raw float32 frames from standard input into a wav on standard\n"
+        "output while they arrive: tts | python inference_e2e.py --input_mels_dir - ... | aplay",
         example="python inference_e2e.py --input_mels_dir test_mel_files "
         "--checkpoint_file cp_misrnet/g_00500000",
     )
     add_arguments(
         parser,
         flag="--input_mels_dir",
-        holds=".npy files, [num_mels, T] or [1, num_mels, T], by the config's recipe",
+        holds=".npy files with the config's mel settings, [num_mels, T] or [1, num_mels, T]",
         default="test_mel_files",
         output_dir="generated_files_from_mel",
     )

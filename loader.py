@@ -53,7 +53,7 @@ def training_batches(
         if num_workers > 0:  # they send batches through sockets in a temporary folder
             if len(os.fsencode(tempfile.gettempdir())) > MAX_TMPDIR_BYTES:
                 tempfile.tempdir = "/tmp"
-            # Both fail here rather than in a worker or halfway, where PyTorch prints tracebacks.
+            # If one of them fails, it fails here. In a worker, PyTorch would print a traceback.
             multiprocessing.util.get_temp_dir()
             multiprocessing.Lock()
         batches = iter(loader)
@@ -71,13 +71,13 @@ def _leave_signals_to_parent(_worker: int) -> None:
     os.setpgrp()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent ends its workers with it
 
 
 def next_batch(
     batches: Iterator[list[torch.Tensor]], stop: StopRequest, error: UserError | None
 ) -> list[torch.Tensor]:
-    """Returns the next (mel, wav), or raises in every process what ends the run.
+    """Returns the next (mel, wav). An error or a signal in one process is raised in all.
 
     Raises:
         Stopped: a process received a signal.

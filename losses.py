@@ -1,7 +1,7 @@
 """All losses but distillation's, and their declarations.
 
-To add a loss: declare it in LOSSES, add its weight to Config, compute it in train.py. Its name on
-the terminal, its weight and the right of a resumed run to change that weight follow.
+To add a loss: declare it in LOSSES, add its weight to Config, compute it in train.py. The
+declaration gives its printed name and its weight, and lets a resumed run change that weight.
 """
 
 from typing import NamedTuple
@@ -89,12 +89,13 @@ class MelLoss(nn.Module):
 
     By default it is HiFi-GAN's (eq. 3). With `n_ffts_for_loss` it is the mean over mels of several
     window lengths, each with a hop of a quarter window. Long windows resolve harmonics, so that a
-    generator learns F0 without discriminators. The single mel leaves a hum at the frame rate.
+    generator learns F0 without discriminators. HiFi-GAN's single mel leaves a hum at the frame
+    rate.
 
     A generator with a random source is trained by an energy distance of two samples. A plain
-    distance would teach it the average of all plausible waveforms, which has no noise. The energy
-    distance also compares STFT bins, averaged over SMOOTHED_FRAMES frames: mel bands hide how a
-    level is distributed over the bins of a band, and single frames are random.
+    distance would train it to output the average of all plausible spectra, which has no noise. The
+    energy distance also compares STFT bins, averaged over SMOOTHED_FRAMES frames: mel bands hide
+    how a level is distributed over the bins of a band, and single frames are random.
 
     Source: Yamamoto et al., "Parallel WaveGAN", section 2.2, for several resolutions; Gritsenko et
     al., "A Spectral Energy Distance for Parallel Speech Synthesis", NeurIPS 2020.
@@ -111,7 +112,8 @@ class MelLoss(nn.Module):
                 for n_fft, num_mels in zip(h.n_ffts_for_loss, h.num_mels_for_loss, strict=True)
             ]
         self.log_mels = nn.ModuleList(LogMelSpectrogram(r, h.fmax_for_loss) for r in recipes)
-        self.log_mel = LogMelSpectrogram(hifigan_recipe(h), h.fmax)  # for its bins
+        # For the bins of the generator's STFT.
+        self.log_mel = LogMelSpectrogram(hifigan_recipe(h), h.fmax)
 
     def forward(self, wav_hat: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -172,7 +174,7 @@ class SourceLoss(nn.Module):
 
 
 class GeneratorWithSource(nn.Module):
-    """A frame-rate generator that also returns what SourceLoss trains.
+    """A frame-rate generator that also returns log F0 and aperiodicity, for SourceLoss.
 
     mel [B, num_mels, T] -> (wav_hat [B, 1, N], log_f0 [B, T], aperiodicity [B, T, bins])
     """

@@ -44,7 +44,7 @@ MAX_PAIR_DIFFERENCE = 1.2
 
 # ---------------------------------------------------------------------------------------- the mel
 
-# HiFi-GAN's recipe
+# Of HiFi-GAN's mel
 MIN_MAGNITUDE = 1e-5
 SILENT_LOG_MEL = math.log(MIN_MAGNITUDE)
 
@@ -284,8 +284,8 @@ class MelDataset(torch.utils.data.Dataset):
     """The segments of a list of clips: `dataset[epoch, index]` is (mel [num_mels, T], wav [1, N]).
 
     N = segment_size and T = N // hop_size. The segment follows from the config's seed, the epoch
-    and the index alone. Short clips are padded with silence. A silent clip is left out with a line;
-    the next clip takes its place.
+    and the index alone. Short clips are padded with silence. A silent clip is skipped, and a line
+    is printed; the next clip takes its place.
 
     For fine-tuning, with `mels_dir`, the mel is cut from `<mels_dir>/<id>.npy`, the output of an
     acoustic model. Otherwise it is computed from the segment, and the clip is normalised to a peak
@@ -387,8 +387,8 @@ class MelDataset(torch.utils.data.Dataset):
         mel = load_mel(path, self.h.num_mels)
         if abs(mel.shape[1] - frames) > MAX_EXTRA_FRAMES:
             raise UserError(
-                f"{path}: {mel.shape[1]} frames, but {self.path(index)} has {frames} of "
-                f"{self.h.hop_size} samples; expected at most {MAX_EXTRA_FRAMES} more or fewer"
+                f"{path}: {mel.shape[1]} frames, but {self.path(index)} has {frames} "
+                f"(hop_size {self.h.hop_size}); expected at most {MAX_EXTRA_FRAMES} more or fewer"
             )
         return mel
 
@@ -405,7 +405,7 @@ class MelDataset(torch.utils.data.Dataset):
             if self._mel_name(index).startswith("../"):
                 raise UserError(
                     f"{file_list}: {self.path(index)} lies outside of {self.wavs_dir}; expected "
-                    "ids in it, for a mel is found by its id in --input_mels_dir"
+                    "ids inside it, because the mel has the same id in --input_mels_dir"
                 )
 
 
@@ -426,7 +426,7 @@ def _padded(x: torch.Tensor, length: int, value: float) -> torch.Tensor:
 def check_pairs(dataset: MelDataset) -> None:
     """Compares a sample of fine-tuning mels with the mels of their clips. Prints a mismatch.
 
-    A mel of another clip or recipe raises no error, but a generator learns nothing from it.
+    Training on mels of other clips, or with other settings, raises no error but is useless.
 
     Raises:
         UserError: as `MelDataset.whole`, but for silent clips.
@@ -449,7 +449,7 @@ def check_pairs(dataset: MelDataset) -> None:
         one_line(
             f"{dataset.mel_path(index)}: differs from the mel of {dataset.path(index)} by "
             f"{difference:.2f} on average; expected at most {MAX_PAIR_DIFFERENCE:g}: is it this "
-            f"clip's, by the config's recipe? So do {len(differing)} of {count} mels compared"
+            f"clip's, with the config's settings? {len(differing)} of {count} mels compared differ"
         )
     )
 
@@ -488,8 +488,8 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
 def main() -> int:
     """Writes `<output_dir>/<id>.npy`, [num_mels, T], for each audio file."""
     parser = command_parser(
-        "Writes the log-mels of audio files as <id>.npy, float32 [num_mels, T]: to try\n"
-        "fine-tuning and inference_e2e.py without an acoustic model, or to compare with its mels.",
+        "Writes the log-mels of audio files as <id>.npy, float32 [num_mels, T]. Use them to try\n"
+        "fine-tuning and inference_e2e.py without an acoustic model, or to check the mels of one.",
         example="python meldataset.py --config config_v1.json --input_wavs_dir LJSpeech-1.1/wavs "
         "--output_dir ft_dataset",
     )

@@ -23,13 +23,21 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from env import Config
-from fastconv import Conv1d, ConvTranspose1d, channels_last, conv_along_time, reshape, scale_conv
+from fastconv import (
+    Conv1d,
+    ConvTranspose1d,
+    channels_last,
+    conv_along_time,
+    is_channels_last,
+    reshape,
+    scale_conv,
+)
 from harmonic import LRELU_SLOPE, HarmonicNoiseHead, PhaseState
 
-POST_LRELU_SLOPE = 0.01  # before conv_post; a quirk of HiFi-GAN, which its weights need
+POST_LRELU_SLOPE = 0.01  # before conv_post: PyTorch's default, with which HiFi-GAN was trained
 
-# Initialisation of MISR, found by measurement: the standard deviation of the shared block's
-# weights; and, times the square root of the channels, that of the noise on the input convolutions.
+# Initialisation of MISR, found by measurement. The standard deviation of the shared block's weights
+# is RESIDUAL_STD. That of the noise on the input convolutions is INPUT_NOISE / sqrt(channels).
 RESIDUAL_STD = 0.01
 INPUT_NOISE = 0.5
 
@@ -42,8 +50,10 @@ class LookaheadConv1d(Conv1d):
         self.time_padding = (dilation * (kernel_size - 1) - lookahead, lookahead)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Padded as [B, T, C], so that a channels-last x stays so.
-        x = F.pad(x.transpose(1, 2), (0, 0, *self.time_padding)).transpose(1, 2)
+        if is_channels_last(x):  # it stays so
+            x = F.pad(x.transpose(1, 2), (0, 0, *self.time_padding)).transpose(1, 2)
+        else:
+            x = F.pad(x, self.time_padding)
         return super().forward(x)
 
 
@@ -52,7 +62,7 @@ def conv1d(
 ) -> nn.Module:
     """Returns a weight-normalised convolution that keeps the length; kernel_size is odd.
 
-    It is symmetric, or with a `lookahead` depends on so many later frames only.
+    Without `lookahead` it is symmetric. Otherwise the output depends on `lookahead` later frames.
     """
     if lookahead is not None and kernel_size > 1:
         conv = LookaheadConv1d(c_in, c_out, kernel_size, dilation, lookahead)
@@ -70,8 +80,8 @@ def time_padding(conv: nn.Module) -> tuple[int, int]:
 class ResBlock1(nn.Module):
     """Residual units of a dilated and a plain convolution, [B, C, T] -> [B, C, T].
 
-    With a `lookahead`, each convolution depends on so many later frames; None stands for symmetric
-    convolutions.
+    `lookahead` is the number of later frames that each convolution depends on; None selects
+    symmetric convolutions.
 
     Source: HiFi-GAN, appendix A.1.
     """
@@ -135,8 +145,8 @@ RESBLOCKS = {"1": ResBlock1, "2": ResBlock2}
 def mrf(blocks: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """Returns the mean of the outputs of residual blocks for x [B, C, T]: [B, C, T].
 
-    The blocks keep PyTorch's default initialisation. HiFi-GAN trains with it, too: its N(0, 0.01)
-    is written into weights that weight norm computes anew at the first forward.
+    The blocks keep PyTorch's default initialisation. So does HiFi-GAN: it writes N(0, 0.01) into
+    weights that weight norm overwrites in the first forward.
 
     Source: HiFi-GAN, section 2.2.
     """
@@ -252,11 +262,11 @@ class ISTFTHead(nn.Module):
 
     The lower half of the channels holds log magnitudes, the upper half phases.
 
-    Equals torch.istft (centred, periodic Hann window) in a form that ONNX has: a fixed transposed
-    convolution, divided by the sum of the squared windows. It ignores mel and state.
+    Equals torch.istft (centred, periodic Hann window) in a form that ONNX supports: a fixed
+    transposed convolution, divided by the sum of the squared windows. It ignores mel and state.
 
     As in the public ports, the phase is the sine of the upper half of the channels. Pi times the
-    sine, which covers all phases, learnt no faster (one pair of runs of 600 updates).
+    sine, which covers all phases, learned no faster in a comparison of 600 updates.
 
     Source: Kaneko et al., "iSTFTNet", ICASSP 2022.
     """
@@ -282,7 +292,7 @@ class ISTFTHead(nn.Module):
             return self._overlap_add(self.to_spectrum(x), self.basis) / window_sum
 
     def to_spectrum(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the real and imaginary parts of the spectrum, [B, n_fft + 2, F], from x [same]."""
+        """Returns real and imaginary parts of the spectrum, [B, n_fft + 2, F], from x [same]."""
         log_magnitude, phase = x.chunk(2, dim=1)
         magnitude, angle = log_magnitude.clamp(max=self.max_log_magnitude).exp(), phase.sin()
         return torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
@@ -316,7 +326,8 @@ class Generator(nn.Module):
     def __init__(self, h: Config):
         super().__init__()
         self.hop_size, self.lead, self.silent_log_mel = h.hop_size, h.lead, h.silent_log_mel
-        self.min_log_mel = h.silent_log_mel if h.is_frame_rate else None  # some pad with less
+        # Some acoustic models pad with values below silence.
+        self.min_log_mel = h.silent_log_mel if h.is_frame_rate else None
         channels = h.upsample_initial_channel
         # Of the frames of look-ahead, the refiner takes one and conv_pre the rest.
         lookahead = None if h.lookahead_frames is None else h.lookahead_frames - 1
@@ -382,7 +393,7 @@ class Generator(nn.Module):
     @property
     def receptive_field(self) -> tuple[int, int]:
         """The numbers of frames, before and after its own, that a sample depends on at most."""
-        # The samples of frame 0, traced back to the mel.
+        # Starts with the samples of frame 0 and goes back to the mel, layer by layer.
         first, last = self.head.sources(0, self.hop_size - 1)
         before, after = time_padding(self.conv_post)
         first, last = first - before, last + after
@@ -415,9 +426,9 @@ def block_padding(block: nn.Module) -> tuple[int, int]:
 def upsampling_sources(
     first: int, last: int, *, kernel_size: int, rate: int, padding: int
 ) -> tuple[int, int]:
-    """Returns the first and the last input that outputs `first` to `last` of an upsampling need.
+    """Returns the first and the last input that the outputs `first` to `last` depend on.
 
-    `rate`, `kernel_size` and `padding` are those of the transposed convolution.
+    The layer is a transposed convolution with stride `rate`.
     """
     return -((kernel_size - 1 - padding - first) // rate), (last + padding) // rate
 

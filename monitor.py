@@ -1,4 +1,4 @@
-"""What a run reports: lines or a progress bar on the terminal, and TensorBoard."""
+"""Reports a run: lines or a progress bar on the terminal, and TensorBoard."""
 
 import contextlib
 import multiprocessing
@@ -69,7 +69,7 @@ class Monitor:
         if is_first:
             threading.excepthook = _print_no_write_errors
             with self._noting_errors():
-                # A killed run has logged steps after its last checkpoint. They will come again.
+                # A killed run has logged steps after its last checkpoint. They are computed again.
                 self.writer = SummaryWriter(self.logs, purge_step=state.steps + 1)
         if is_first and eval_metrics:
             self.metrics = BackgroundMetrics(self.h)
@@ -128,14 +128,14 @@ class Monitor:
             self.clips.append((real[0], generated[0]))
         for tag, (wav, mel) in kinds.items():
             arrays = wav[0].float().cpu().numpy(), mel.cpu().numpy()
-            picture = plot_spectrogram(*arrays, self.h, self.h.fmax_for_loss)
+            figure = plot_spectrogram(*arrays, self.h, self.h.fmax_for_loss)
             # An iSTFT head may exceed [-1, 1] slightly, which TensorBoard would warn about.
             sound, sampling_rate = wav.clamp(-1, 1), self.h.sampling_rate
             self._log(SummaryWriter.add_audio, f"{tag}_{index}", sound, steps, sampling_rate)
-            self._log(SummaryWriter.add_figure, f"{tag}_spec_{index}", picture, steps)
+            self._log(SummaryWriter.add_figure, f"{tag}_spec_{index}", figure, steps)
 
     def flush(self) -> None:
-        """Writes out TensorBoard's queue, before a checkpoint after which these steps are over."""
+        """Writes TensorBoard's queue to disk, before a checkpoint of the same steps is saved."""
         self._log(SummaryWriter.flush)
 
     def finish(self) -> None:
@@ -150,7 +150,7 @@ class Monitor:
         self._log(SummaryWriter.close)
 
     def _start_clock(self, steps: int) -> None:
-        """Starts to time updates; the time before, of loading or validation, does not count."""
+        """Starts to time updates, so that loading and validation do not count."""
         now = time.monotonic()
         self.marks = {"line": (steps, now), "summary": (steps, now)}
 
@@ -190,7 +190,7 @@ class Monitor:
 def _print_no_write_errors(raised: threading.ExceptHookArgs) -> None:
     """Prints the traceback of a thread unless it is an OSError.
 
-    TensorBoard's writer thread raises it again in the next call, which handles it.
+    TensorBoard raises an OSError of its writer thread again in the next call, which handles it.
     """
     if not isinstance(raised.exc_value, OSError):
         threading.__excepthook__(raised)
@@ -230,7 +230,7 @@ class BackgroundMetrics:
         return (self.steps, future.result()) if future.result() else None
 
     def close(self) -> None:
-        """Drops the validation that is being measured."""
+        """Stops without waiting for the validation that is being measured."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -9,7 +9,7 @@ from distributed import computes_in_bfloat16
 
 MUON_LR_SCALE = 5  # times a config's learning_rate, which is meant for AdamW and discriminators
 MOMENTUM = 0.95
-ITERATIONS = 5
+ITERATIONS = 5  # of Newton-Schulz
 # Coefficients of the quintic polynomial that moves singular values towards 1 (Jordan et al., 2024).
 A, B, C = 3.4445, -4.7750, 2.0315
 RMS = 0.2  # of the entries of an update at a learning rate of 1, as with AdamW (Liu et al., 2025)
@@ -33,7 +33,7 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Updates a convolution's weight, seen as [C_out, C_in * k], equally far in all directions.
+    """Takes steps of equal size in all directions of a weight as a matrix, [C_out, C_in * k].
 
     Uses Nesterov's momentum. It is for weights of two or more dimensions in layers without weight
     norm. Biases take AdamW's steps at the same learning rate, without weight decay.

@@ -101,7 +101,7 @@ def _power(x: torch.Tensor, n_fft: int) -> torch.Tensor:
 def _smooth(x: torch.Tensor, width: int) -> torch.Tensor:
     """Averages spectra [B, T, bins] over a triangle of 2 * width bins, mirrored at both ends.
 
-    A rectangle would change with the number of harmonics that happen to lie in it.
+    With a rectangle, the result would depend on the number of harmonics in it.
     """
     padded = F.pad(x.double(), (width, width), mode="reflect")
     for _ in range(2):

@@ -1,13 +1,13 @@
-"""Synthesis while the mel is still being made: every frame passes through every layer once.
+"""Streaming synthesis of a mel that arrives in pieces: every layer computes every frame once.
 
     streamer = Streamer(generator)
     for mel in acoustic_model:          # [num_mels, n], any n
         play(streamer.feed(mel))        # [samples], those that are final
     play(streamer.flush())              # the rest; the next feed starts a new mel
 
-Each layer keeps what it needs of its past: a convolution the last samples of its input, a
-transposed convolution the tail of its output, the frame-rate head the phase of its pulse train, its
-position in the noise and the frames that Griffin-Lim has not settled yet.
+Each layer keeps its state. A convolution keeps the last samples of its input, a transposed
+convolution keeps the tail of its output. The frame-rate head keeps the phase of its pulse train,
+its position in the noise, and the frames that Griffin-Lim has not completed.
 
 The samples do not depend on how the mel is cut. With a tanh or an iSTFT head they equal those of
 the whole mel, to rounding. Frame-rate generators run Griffin-Lim frame by frame with a bounded
@@ -38,15 +38,15 @@ GRIFFIN_LIM_LOOKAHEAD = 3  # frames
 
 
 class Streamer:
-    """Synthesizes a mel that arrives in pieces; see the head of this file.
+    """Synthesizes a mel that arrives in pieces.
 
     Several streamers may share a generator. `latency` is the algorithmic latency in frames: how
     many frames after its own must arrive before a sample is final.
 
     Args:
         generator: as from `load_generator`.
-        griffin_lim_lookahead: frames after its own that Griffin-Lim waits for to settle a frame;
-            for frame-rate generators only.
+        griffin_lim_lookahead: number of later frames that Griffin-Lim waits for before it completes
+            a frame; for frame-rate generators only.
     """
 
     def __init__(self, generator: Generator, griffin_lim_lookahead: int = GRIFFIN_LIM_LOOKAHEAD):
@@ -56,7 +56,7 @@ class Streamer:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything: the next frame is the first of a new mel."""
+        """Clears the state: the next frame is the first of a new mel."""
         generator = self.generator
         self.conv_pre = ConvStream(generator.conv_pre)
         self.stages = [StageStream(up, blocks) for up, blocks in generator.stages()]
@@ -149,8 +149,8 @@ def as_mel(mel: torch.Tensor | np.ndarray, num_mels: int) -> torch.Tensor:
 class ConvStream:
     """Runs a convolution that keeps the length, of models.py or harmonic.py, piece by piece.
 
-    Short pieces are multiplied with the weight as one matrix: the convolutions of CPU libraries
-    need more time to start than to compute them.
+    Short pieces are computed as one matrix product. For them, the convolutions of CPU libraries
+    take longer to start than to compute.
     """
 
     MAX_PRODUCT = 2**18  # elements of the matrix of windows
@@ -208,7 +208,7 @@ class Conv3x3Stream(ConvStream):
 
 
 class Delay:
-    """Keeps pieces [B, n, ...] until they are asked for."""
+    """Buffers pieces [B, n, ...] to align them with the output of a slower layer."""
 
     def __init__(self):
         self.kept = None
@@ -401,8 +401,8 @@ class HarmonicStream:
 class ExcitationStream:
     """Computes pulses and noise frame by frame.
 
-    The window of a frame extends beyond the frame. There F0 and voicing are held at the frame's
-    own values, so that its spectrum waits for no later frame.
+    The window of a frame extends beyond the frame. After the centre of the frame, F0 and voicing
+    keep their values, so that the spectrum does not wait for later frames.
     """
 
     def __init__(self, head: HarmonicNoiseHead):
@@ -410,12 +410,13 @@ class ExcitationStream:
         n_fft, hop_size, before = head.stft.n_fft, head.hop_size, head.stft.margins[0]
         weights = head.pulse_train.weights
         half = (hop_size + 1) // 2
-        # Of a window, the samples up to the centre of its frame are known; the others are held.
+        # The samples of a window are known up to the centre of its frame; later ones are held.
         self.known, self.rate = before + half, head.pulse_train.sampling_rate
         self.held = torch.arange(n_fft - self.known, device=weights.device)
         # Weights of the later frame, from the centre of one frame to the centre of the next.
         self.later = torch.cat([weights[2, half:], weights[1, :half]])
-        # Frame, phase and F0 of the next sample; the last frame's values; samples in later windows.
+        # Index of the next frame, phase of the next sample, log F0 and voicing of the last frame,
+        # and the known samples that later windows also contain.
         self.frame, self.phase, self.last, self.past = 0, None, None, None
 
     def __call__(self, x: torch.Tensor) -> Excitation:
@@ -452,14 +453,14 @@ class ExcitationStream:
         self.last = points[:, -1:]
         f0, voicing = torch.lerp(points[:, :-1, None], points[:, 1:, None], self.later).flatten(1)
         f0 = f0.exp()
-        cycles = f0 / self.rate
+        increment = f0 / self.rate  # cycles per sample
         if self.past is None:  # before the first centre, everything is constant
             steps = torch.arange(size, device=f0.device) - self.head.stft.margins[0]
             self.past = torch.stack(
-                [f0[:1].expand(size), cycles[0] * steps, voicing[:1].expand(size)]
+                [f0[:1].expand(size), increment[0] * steps, voicing[:1].expand(size)]
             )
-            self.phase = cycles[0] * (size - self.head.stft.margins[0])
-        phase = torch.cat([self.phase.view(1), self.phase + cycles.cumsum(0)])
+            self.phase = increment[0] * (size - self.head.stft.margins[0])
+        phase = torch.cat([self.phase.view(1), self.phase + increment.cumsum(0)])
         self.phase = phase[-1]
         known = torch.cat([self.past, torch.stack([f0, phase[:-1], voicing])], dim=1)
         self.past = known[:, known.shape[1] - size :]
@@ -472,9 +473,9 @@ class ExcitationStream:
 class GriffinLimStream:
     """Griffin-Lim with a bounded look-ahead.
 
-    Frames are settled one after the other. A frame gets its steps together with the `lookahead`
-    frames after it, while the settled frames before it stay as they were returned. In all, a frame
-    gets about as many steps as over a whole mel.
+    Frames are settled (completed) in order. A frame gets its steps together with the `lookahead`
+    frames after it; settled frames do not change. In total, a frame gets about as many steps as in
+    a whole mel.
     """
 
     def __init__(self, head: HarmonicNoiseHead, lookahead: int):
@@ -483,7 +484,7 @@ class GriffinLimStream:
         self.steps = max(1, round(head.griffin_lim_steps / (lookahead + 1)))
         # Phase, previous spectrum, magnitude and floor of frames that are not settled.
         self.pending: list[torch.Tensor] | None = None
-        # The overlap-added settled frames, from the start of the first pending window on.
+        # The overlap-added settled frames, from the start of the first pending window to their end.
         self.tail = self.stft.window.new_zeros(self.n_fft - self.hop_size)
         self.settled, self.normalisers = 0, {}
         self.to_skip, self.to_return = self.stft.margins[0], 0

@@ -4,9 +4,9 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:PORT \\
         train.py --config config_v1.json                        # on several machines
 
-This file is all of training in reading order: flags, data, update, loop, validation, main. One
-update is a discriminator step and a generator step, as in HiFi-GAN (section 2.4). `steps` counts
-completed updates. distill.py runs the same loop with another update.
+This file contains the whole training, in reading order: flags, data, update, loop, validation,
+main. One update is a discriminator step and a generator step, as in HiFi-GAN (section 2.4). `steps`
+counts completed updates. distill.py runs the same loop with another update.
 """
 
 import argparse
@@ -62,7 +62,7 @@ from utils import (
     say_if_slow,
 )
 
-SHOWN_CLIPS = 5  # validation clips that TensorBoard contains, as in HiFi-GAN
+SHOWN_CLIPS = 5  # validation clips that are written to TensorBoard, as in HiFi-GAN
 
 Losses = dict[str, torch.Tensor]  # scalars by name, on the device
 Update = Callable[[State, torch.Tensor, torch.Tensor], Losses]  # (state, mel, wav) -> losses
@@ -83,7 +83,7 @@ class Schedule(NamedTuple):
     keep_checkpoints: int
 
     def last_step(self, state: State, steps_per_epoch: int) -> int:
-        """Returns the step that ends the run, of the epochs or of the steps."""
+        """Returns the last step, by the limit of epochs or of steps, whichever comes first."""
         remaining = (self.training_epochs - state.epoch) * steps_per_epoch - state.epoch_step
         return min(state.steps + remaining, self.training_steps or NEVER)
 
@@ -134,7 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the convolutions")
+    help_ = "precision of the convolutions"
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help=help_)
     add("--compile", action="store_true", help="compile the models with torch.compile")
 
 
@@ -190,7 +191,7 @@ def read_data(a: argparse.Namespace, h: Config) -> tuple[MelDataset, MelDataset]
 
 
 def update(state: State, mel: torch.Tensor, wav: torch.Tensor) -> Losses:
-    """Runs a training step at the learning rate of the epoch: the update of train.py."""
+    """Sets the learning rate of the epoch and runs a training step: the update of train.py."""
     set_learning_rate(state)
     return training_step(state, mel, wav)
 
@@ -276,9 +277,10 @@ def adversarial_losses(state: State, wav: torch.Tensor, wav_hat: torch.Tensor) -
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Lets gradients flow through `module` but not into it, without power iterations.
+    """Lets gradients flow through `module`, and computes none for its parameters.
 
-    Normalised weights are computed once for all calls in the block.
+    Spectral norm runs no power iteration. Normalised weights are computed once for all calls in the
+    block.
     """
     module.eval().requires_grad_(False)
     try:
@@ -311,7 +313,10 @@ def run(
     eval_metrics: bool,
     losses: tuple[Loss, ...] = LOSSES,
 ) -> int:
-    """Trains until the last step, a signal or an error, and saves; returns the exit status."""
+    """Trains until the last step, a signal or an error, then saves; returns the exit status.
+
+    `update` maps (state, mel, wav) to named losses. `losses` declares those that are printed.
+    """
     every, steps_per_epoch = schedule, len(clips) // state.h.batch_size
     state.end_epoch(steps_per_epoch)  # the corpus may have become smaller
     last_step = schedule.last_step(state, steps_per_epoch)
@@ -400,7 +405,7 @@ def validate(state: State, clips: MelDataset, monitor: Monitor, stop: StopReques
 
 
 def own_share(clips: MelDataset) -> list[int]:
-    """Returns the validation clips of this process; rank 0 has those that TensorBoard contains."""
+    """Returns the validation clips of this process; rank 0 has the first SHOWN_CLIPS."""
     owners = (0 if i < SHOWN_CLIPS else i % world_size() for i in range(len(clips)))
     return [i for i, owner in enumerate(owners) if owner == rank()]
 

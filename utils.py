@@ -213,7 +213,8 @@ def use_own_numba_cache() -> None:
     numba's cache is not safe for concurrent writers: a process that reads what two others wrote at
     once can crash with a segmentation fault, each time from then on. So each process locks one
     folder of ~/.cache/misrnet/<versions>/0, 1, ... for its lifetime. A folder with a truncated file
-    is emptied. Without a writable home, the folder is temporary. NUMBA_CACHE_DIR of the user wins.
+    is emptied. Without a writable home, the folder is temporary. A NUMBA_CACHE_DIR set by the
+    user is kept.
 
     Call it before librosa or numba is used.
 
@@ -273,8 +274,8 @@ def _temporary_folder() -> Path:
 def find_files(folder: str | Path) -> list[Path]:
     """Returns all files in `folder` and its subfolders, sorted.
 
-    Links to folders are followed, except in a circle. A broken link counts as a file, so that its
-    reader names it. Folders that cannot be read are named and left out.
+    Links to folders are followed, except in a loop. A broken link counts as a file, so that an
+    error names it later. Folders that cannot be read are named and left out.
     """
     files = []
 

@@ -1,6 +1,6 @@
 """Converts names and forms of weights between this repository and HiFi-GAN's family of programs.
 
-    to_native_names(weights, module)    # from any of them to what module.load_state_dict takes
+    to_native_names(weights, module)    # from any program to names that `module` loads
     to_hifigan_names(module)            # to HiFi-GAN's names, which the whole family loads
 
 Also reads checkpoints, and finds a generator's weights in them.
@@ -33,9 +33,9 @@ SPECTRAL_NORM_NAMES = {
     "weight_u": "parametrizations.weight.0._u",
     "weight_v": "parametrizations.weight.0._v",
 }
-# The RMS given to weight_v if a file contains none. In HiFi-GAN's trained generators it is about
-# 0.1; with that, the first step of AdamW at 0.0002 raised the mel error of a MISR from 0.39 to
-# 0.90. With 0.4 it rose to 0.44.
+# The RMS of the weight_v that is computed for a file without weight norm. HiFi-GAN's trained
+# generators have about 0.1. With 0.1, the first step of AdamW at a learning rate of 0.0002 raised
+# the mel error of a MISR from 0.39 to 0.90; with 0.4, to 0.44.
 DIRECTION_RMS = 0.4
 # y-chan/hifi-gan-misrnet stores the parts of a MISR separately.
 Y_CHANS_NAMES = (
@@ -100,9 +100,9 @@ def _add_weight_norm(weights: dict[str, torch.Tensor], key: str) -> None:
 def gain_and_direction(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns weight_g and weight_v of a layer's weight.
 
-    The length of weight_v does not change the weight, but it scales AdamW's steps, whose size is
-    fixed: with a short one, the first update could undo what was learnt. It is scaled by a power of
-    two, which is exact.
+    The length of weight_v does not change the weight. But AdamW's steps have a fixed size, so that
+    the first update would change the direction of a short weight_v too much. It is scaled by a
+    power of two, which is exact.
     """
     rms = float(weight.float().square().mean().sqrt())
     rms = min(1e20, max(1e-20, rms))  # NaN and infinity stay in the weight, and are reported later
@@ -173,11 +173,11 @@ def load_checkpoint(path: str | Path) -> dict:
                 f"{path}: holds Python objects ({foreign[1]}), which are never loaded; save the "
                 "weights alone"
             ) from None
-        is_archive = "PytorchStreamReader" in str(error)  # whose messages are short and clear
+        is_archive = "PytorchStreamReader" in str(error)  # its messages are short and clear
         reason = str(error) if is_archive else "not written by PyTorch, or damaged"
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(contents, dict):
-        raise UserError(f"{path}: not a checkpoint of this family, which hold a dictionary")
+        raise UserError(f"{path}: not a checkpoint; expected a dictionary, as HiFi-GAN saves")
     return contents
 
 

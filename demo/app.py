@@ -5,8 +5,8 @@
 
 Each vocoder resynthesises the speech from its mel; the page shows sound, spectrogram and speed.
 Checkpoints of the whole HiFi-GAN family work, each with its config.json beside it. Griffin-Lim is
-added as a baseline without training. The page is served on this machine only, unless --host says
-otherwise.
+added as a baseline without training. The page is served on this machine only; --host changes
+that.
 """
 
 import argparse
@@ -40,7 +40,7 @@ GRIFFIN_LIM_STEPS, MOMENTUM = 32, 0.99
 CHUNK_FRAMES = 1024  # bounds the memory that a long recording takes
 DELETE_AFTER_SECONDS = 3600  # for sounds in the temporary folder
 LEVELS = (-30, 10)  # dB
-PLOTTED_SECONDS = 30  # at most
+PLOTTED_SECONDS = 30  # the start of a clip that is plotted
 
 
 class Vocoder:
@@ -150,7 +150,7 @@ def compare(
 
 @contextmanager
 def errors_on_the_page() -> Iterator[None]:
-    """Shows a UserError, or lack of memory, as one line on the page."""
+    """Turns a UserError, or running out of memory, into one line on the page."""
     import gradio as gr
 
     try:

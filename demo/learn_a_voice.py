@@ -38,7 +38,7 @@ CONFIG = ROOT / "configs/frame_v2.json"
 CONFIG_CHANGES = {"batch_size": 8, "lr_decay": 0.99}  # an epoch has only seven updates
 CHECKPOINT_INTERVAL = 100  # steps
 VOICE = "en+f3"
-HELD_OUT = 4  # the number of sentences at the end of SENTENCES that train.py does not see
+HELD_OUT = 4  # the last sentences of SENTENCES, on which train.py does not train
 # The columns of the table, by evaluate.py's names.
 SHOWN_METRICS = ("mel_l1", "pesq_wb", "stoi", "vuv_f1")
 
@@ -261,12 +261,12 @@ def evaluate(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
 
 
 def plot_losses(logs: Path, path: Path) -> None:
-    """Plots the mel loss of training and the mel error of validation over steps."""
+    """Plots the energy distance of training and the mel error of validation over steps."""
     events = EventAccumulator(str(logs))
     events.Reload()
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    for tag in ("training/gen_loss_mel", "validation/mel_spec_error"):
+    for tag in ("training/gen_loss_energy", "validation/mel_spec_error"):
         points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
         axes.plot([p.step for p in points], [p.value for p in points], label=tag, marker=".")
     axes.set(xlabel="steps", title="Losses that train.py logged")

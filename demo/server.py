@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts
-from audio import load_wav
+from audio import load_wav, to_pcm16
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError
 from inference import Streamer, load_generator
@@ -55,8 +55,8 @@ class ClientError(Exception):
 class Server:
     """One generator for all connections, each of which has its own Streamer.
 
-    The generator runs in one worker thread, so that the event loop stays free; the messages of all
-    connections take turns there.
+    The generator runs in one worker thread, so that the event loop stays free. The thread processes
+    the messages of all connections one after the other.
     """
 
     generator: Generator
@@ -156,7 +156,7 @@ async def read(connection, queue: asyncio.Queue) -> None:
 async def take_pending(queue: asyncio.Queue) -> list[str | bytes | None]:
     """Waits for a message; returns it with all that follow it already, up to an "end" or None.
 
-    A server that falls behind catches up, since many frames at a time take less than one by one.
+    A server that falls behind catches up, because many frames at a time are faster than one by one.
     """
     messages = [await queue.get()]
     while messages[-1] not in ("end", None) and not queue.empty():
@@ -174,7 +174,7 @@ def answer(streamer: Streamer, messages: list[str | bytes]) -> bytes:
     pieces = [to_frames(message, num_mels) for message in messages if message != "end"]
     mel = torch.from_numpy(np.concatenate([np.zeros((0, num_mels), np.float32), *pieces]).T)
     try:
-        return to_pcm(streamer.flush(mel) if messages[-1] == "end" else streamer.feed(mel))
+        return to_pcm16(streamer.flush(mel) if messages[-1] == "end" else streamer.feed(mel))
     except ValueError as error:
         raise ClientError(str(error)) from None
 
@@ -189,11 +189,6 @@ def to_frames(message: str | bytes, num_mels: int) -> np.ndarray:
         size = f"{len(message)} bytes" if isinstance(message, bytes) else "other text"
         raise ClientError(f'expected "end" or float32 frames of {4 * num_mels} bytes, not {size}')
     return np.frombuffer(message, "<f4").reshape(-1, num_mels).astype(np.float32)
-
-
-def to_pcm(wav: torch.Tensor) -> bytes:
-    """Returns samples [N] in [-1, 1], which are clamped, as 16-bit little-endian PCM."""
-    return (wav.clamp(-1, 1) * 32767).round().cpu().numpy().astype("<i2").tobytes()
 
 
 def load_clips(paths: list[Path], h: Config) -> dict[str, np.ndarray]:

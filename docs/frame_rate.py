@@ -1,4 +1,4 @@
-"""Draws frame_rate.png, the picture in frame_rate.md: from the mel to the waveform.
+"""Draws frame_rate.png, the diagram in frame_rate.md: from the mel to the waveform.
 
 python docs/frame_rate.py
 """
@@ -87,7 +87,7 @@ def legend(ax: Axes) -> None:
 
 
 def main() -> None:
-    """Writes the picture beside this file."""
+    """Writes the diagram beside this file."""
     matplotlib.use("agg")
     figure, ax = plt.subplots(figsize=(12, 4.7))
     network(ax)

@@ -1,4 +1,4 @@
-"""Draws misr.png, the README's picture: MRF beside MISR, and how MISR's inputs become one batch.
+"""Draws misr.png, the README's diagram: MRF, MISR, and how the inputs of MISR become one batch.
 
 python docs/misr.py
 """
@@ -87,7 +87,7 @@ def reshape(ax: Axes) -> None:
 
 
 def main() -> None:
-    """Writes the picture beside this file."""
+    """Writes the diagram beside this file."""
     matplotlib.use("agg")
     figure, ax = plt.subplots(figsize=(10, 4.7))
     mrf(ax)

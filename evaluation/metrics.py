@@ -31,12 +31,12 @@ SIDES = ("reference", "generated")
 SILENT_PEAK = 2**-15  # one step of 16-bit audio
 NEPER = 20 / math.log(10)  # dB
 PESQ_RATE, STOI_RATE = 16000, 10000  # Hz, given by their definitions
-PESQ_SECONDS = 20  # pesq 0.0.4 crashes the process at 50 utterances, which need more than this
+PESQ_SECONDS = 20  # pesq 0.0.4 crashes at 50 utterances, for which longer files are needed
 MCD_ORDER = 24  # Kominek, Schultz, Black 2008
 F0_RANGE = (65, 500)  # Hz, of speech
 F0_PERIODS = 4  # periods of the lowest F0 in a frame of pYIN
-HIGH_BAND = (8000, 12000)  # Hz, which PESQ, DistillMOS and PLCMOS do not see
-HIGH_BAND_MELS = 12  # BigVGAN's mel of 100 bands up to 12 kHz has as many there
+HIGH_BAND = (8000, 12000)  # Hz; PESQ, DistillMOS and PLCMOS ignore it
+HIGH_BAND_MELS = 12  # as many as BigVGAN's mel of 100 bands up to 12 kHz has in HIGH_BAND
 
 
 class F0Track(NamedTuple):
@@ -303,7 +303,7 @@ METRICS = (
         library="torch",
         description="Long-term average spectrum: log magnitudes of the config's bins, each "
         "averaged over the clip; mean absolute difference. It shows constant faults: a coloured "
-        "sound, a comb filter, tones of the upsampling.",
+        "spectrum, a comb filter, tones of the upsampling.",
         function=_ltas,
     ),
     Metric(
@@ -414,7 +414,7 @@ def measure(pair: Pair, metrics: Iterable[Metric] = METRICS) -> Measurement:
         try:
             value = float(metric.function(pair))
             if not math.isfinite(value):
-                raise ValueError(f"it came to {value}")
+                raise ValueError(f"its value is {value}")
             measurement.values[metric.name] = value
         except ImportError as error:
             measurement.missing[metric.name] = str(error)

@@ -3,7 +3,7 @@
     from evaluation.opinion import OPINION_RATE, distill_mos, plcmos
     distill_mos(wav), plcmos(wav)    # wav: np.ndarray [N] at OPINION_RATE
 
-Both are optional packages, imported at the first call. Their weights lie in the packages.
+Both are optional packages, which contain the weights. They are imported at the first call.
 """
 
 import functools
@@ -26,7 +26,8 @@ SEED = 0
 def distill_mos(wav: np.ndarray) -> float:
     """Returns DistillMOS of wav [N], 1 to 5, which does not depend on its level.
 
-    The package computes all windows of a file at once; one by one, a long file fits into memory.
+    The package computes all windows of a file at once. Here they are computed one by one, so that a
+    long file fits into memory.
 
     Source: Stahl, Gamper 2025, "Distillation and Pruning for Scalable Self-Supervised
     Representation-Based Speech Quality Assessment".
@@ -50,9 +51,9 @@ def _distill_mos_model() -> torch.nn.Module:
 
 @contextmanager
 def _empty_module(name: str) -> Iterator[None]:
-    """Replaces a package during the import of another that uses it in its command line only.
+    """Provides an empty module `name` while a package is imported that needs it only in scripts.
 
-    An installed torchaudio may be built for another torch, and then fails to load.
+    An installed torchaudio may be built for another torch. It would then fail to load.
     """
     is_loaded = name in sys.modules
     sys.modules.setdefault(name, types.ModuleType(name))

@@ -41,7 +41,7 @@ PLAYED_SUBTYPES = ("PCM_U8", "PCM_16", "PCM_24", "FLOAT")  # of WAV files, that 
 
 
 def check_page(folder: Path, given: list[Path]) -> None:
-    """Creates `folder`, before hours of measuring.
+    """Creates `folder` before the measurement, which may take hours.
 
     Raises:
         UserError: `folder` has another page, or overlaps with a `given` folder.
@@ -61,7 +61,7 @@ def check_page(folder: Path, given: list[Path]) -> None:
 
 
 def write_page(folder: Path, report: dict, h: Config) -> None:
-    """Writes the page of a report: sounds and pictures first, then index.html.
+    """Writes the page of a report: sounds and spectrograms first, then index.html.
 
     Raises:
         UserError: a file cannot be read.
@@ -114,7 +114,7 @@ def _shown(metrics: dict) -> list[str]:
 
 
 def _clips(report: dict, group: dict, writer: "ClipWriter", progress: tqdm) -> str:
-    """Returns the section of a group, and writes its sounds and pictures."""
+    """Returns the section of a group, and writes its sounds and spectrograms."""
     systems = [name for name in report["systems"] if group is report or name != RECORDINGS]
     clips = []
     for file in group["files"]:
@@ -167,7 +167,7 @@ class ClipWriter:
             cells.append(
                 _cell(system, values.get(system, {}), marks.get(system, {}), metrics)
                 .replace("<!-- sound -->", f"{FILES}/{_copy_sound(paths[system], stem)}")
-                .replace("<!-- picture -->", self._picture(stem.name, system, mels, frames))
+                .replace("<!-- picture -->", self._spectrogram(stem.name, system, mels, frames))
             )
         seconds, name = frames * h.hop_size / h.sampling_rate, _text(file["name"])
         return (
@@ -177,7 +177,7 @@ class ClipWriter:
             f"{_folded(systems, values, marks, metrics)}</article>"
         )
 
-    def _picture(self, stem: str, system: str, mels: dict, frames: int) -> str:
+    def _spectrogram(self, stem: str, system: str, mels: dict, frames: int) -> str:
         """Returns the spectrogram with its axis in Hz and the line at the current time."""
         axis = "".join(
             f'<span style="bottom:{100 * band / self.h.num_mels:.1f}%">{hertz // 1000}k</span>'

@@ -19,8 +19,8 @@ from utils import composed, find_files
 
 ENDINGS = ("_generated_e2e", "_generated")  # added by inference_e2e.py and inference.py
 
-DELAY_HOPS = 2  # the largest delay, either way, that is searched
-DELAY_CLIPS = 32  # clips that are searched
+DELAY_HOPS = 2  # the largest lag and the largest lead that are searched
+DELAY_CLIPS = 32  # at most so many clips are searched
 SAME_DELAY = 1 / 8  # hops; delays this close count as the same
 MOST = 3 / 4  # the share of clips with the same delay that makes it constant
 SMALLEST_DELAY = 1 / 16  # hops; a smaller delay counts as none
@@ -185,7 +185,7 @@ def load_pair(files: FilePair, h: Config) -> dict[str, torch.Tensor]:
 
 
 def shift(wavs: dict[str, torch.Tensor], delay: int) -> dict[str, torch.Tensor]:
-    """Returns waveforms that start together; the generated one lags by `delay` samples before."""
+    """Returns waveforms that start together: cuts `delay` samples off the later one."""
     late = "generated" if delay > 0 else "reference"
     return wavs | {late: wavs[late][abs(delay) :]}
 
@@ -193,8 +193,8 @@ def shift(wavs: dict[str, torch.Tensor], delay: int) -> dict[str, torch.Tensor]:
 def find_delay(files: FilePair, h: Config) -> int | None:
     """Returns the samples by which the generated file lags: the delay of the smallest mel error.
 
-    It is searched to a sample within DELAY_HOPS hops either way. Phases do not matter. The result
-    is None for a file that cannot be read or is too short.
+    The search has a resolution of one sample and covers DELAY_HOPS hops in both directions. The
+    result is None for a file that cannot be read or is too short.
     """
     try:
         wavs = load_pair(files, h)

@@ -14,7 +14,7 @@ from utils import end_with_parent
 
 
 class ParallelMap:
-    """A function like `map` that runs in `workers` processes, or in this one if that is 1.
+    """A function like `map` that runs in `workers` processes, or in this process if `workers` is 1.
 
     The results are the same, in the order of the items:
 
@@ -39,8 +39,8 @@ class ParallelMap:
     def __call__(self, function: Callable, items: Iterable, crashed: Callable) -> Iterator:
         """Yields function(item) for each item, or crashed(item) if it ends its process.
 
-        A library that crashes, or the system that is out of memory, ends a process; the other
-        items go on in new ones.
+        If a library crashes or memory runs out, a process dies. The remaining items are computed
+        in new processes.
         """
         todo = deque(items)
         while todo:

@@ -1,4 +1,4 @@
-"""Pictures of speech for TensorBoard, the app and the listening page."""
+"""Spectrograms for TensorBoard, the app and the listening page."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from PIL import Image
 from env import Config
 from meldataset import band_edges
 
-LOG_MEL_RANGE = (-11.5, 2.0)  # silence to loud speech; one scale makes pictures comparable
+LOG_MEL_RANGE = (-11.5, 2.0)  # silence to loud speech; one range makes spectrograms comparable
 MARKED_HZ = (500, 1000, 2000, 4000, 8000, 16000)
 COLOR_MAP = "magma"
 

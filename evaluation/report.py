@@ -25,7 +25,7 @@ from evaluation.opinion import SEED
 RECORDINGS = SIDES[0]  # the name of the recordings as a system
 CONFIDENCE = 0.95
 RESAMPLES = 9999  # of the bootstrap
-NAMED_FILES = 5  # of the files without a partner, these are named on the terminal
+NAMED_FILES = 5  # number of files without a partner that are named on the terminal
 
 
 @dataclass
@@ -296,5 +296,5 @@ def describe_files(report: dict, system: str) -> str:
         ),
         (skipped, f"{skipped} skipped"),
     ]
-    said = ", ".join(text for is_said, text in parts if is_said) or "no files"
-    return f"{system} at {rate} Hz: {said}"
+    listed = ", ".join(text for applies, text in parts if applies) or "no files"
+    return f"{system} at {rate} Hz: {listed}"

@@ -67,9 +67,9 @@ def test_every_vocoder_gives_sound_plot_and_speed(vocoders, clip):
     assert list(results) == ["input", *vocoders]
     samples = len(speech_like(1.0)) // 256 * 256
     for name in vocoders:
-        wav, picture, speed = results[name]
+        wav, figure, speed = results[name]
         assert len(wav) == samples and np.abs(wav).max() > 0, name
-        assert picture.axes[1].images[0].get_array().shape == (80, samples // 256)
+        assert figure.axes[1].images[0].get_array().shape == (80, samples // 256)
         assert speed.endswith("times real time")
     assert len({results[name][0].tobytes() for name in vocoders}) == 3
     np.testing.assert_allclose(results["input"][0], speech_like(1.0), atol=1e-4)

@@ -248,7 +248,7 @@ def test_a_truncated_flac_is_refused(tmp_path):
 
 @pytest.mark.parametrize("offset", [4, 40])
 def test_a_wav_of_open_length_is_read_whole(tmp_path, capsys, offset):
-    """As written by programs that stream."""
+    """Programs that stream write such wavs."""
     path = tmp_path / "a.wav"
     write_pcm(path, np.full((2205, 1), 1000), 2)
     raw = bytearray(path.read_bytes())
@@ -439,7 +439,7 @@ OTHER_RECIPES = {
 
 
 @pytest.mark.parametrize("scale", OTHER_RECIPES.values(), ids=OTHER_RECIPES)
-def test_mels_of_another_recipe_are_doubted(h, scale):
+def test_mels_with_other_settings_have_a_warning(h, scale):
     mel = mel_of(0.1 * speech_like(2), h)
     assert mel_warning(torch.from_numpy(mel), LogMelSpectrogram(h, h.fmax)) is None
     scaled = scale(mel).astype(np.float32)
@@ -449,7 +449,7 @@ def test_mels_of_another_recipe_are_doubted(h, scale):
 
 @pytest.mark.parametrize("exponent", [0, 0.5], ids=["white", "pink"])
 @pytest.mark.parametrize("snr", [10, 0])
-def test_mels_of_noisy_speech_are_not_doubted_unless_in_log10(h, snr, exponent):
+def test_mels_of_noisy_speech_have_no_warning_unless_in_log10(h, snr, exponent):
     wav = speech_like(2)
     spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(len(wav)))
     noise = np.fft.irfft(spectrum / np.arange(1, len(spectrum) + 1) ** exponent, len(wav))
@@ -460,7 +460,7 @@ def test_mels_of_noisy_speech_are_not_doubted_unless_in_log10(h, snr, exponent):
     assert "values from" in mel_warning(in_log10, LogMelSpectrogram(h, h.fmax))
 
 
-def test_padding_with_zeros_is_doubted_at_the_end_only(h):
+def test_padding_with_zeros_has_a_warning_at_the_end_only(h):
     mel, log_mel = mel_of(speech_like(1), h), LogMelSpectrogram(h, h.fmax)
     at_end, at_start = (np.pad(mel, ((0, 0), pad)) for pad in ((0, 3), (3, 0)))
     assert "ends in 3 frames of zeros" in mel_warning(torch.from_numpy(at_end), log_mel)
@@ -468,13 +468,13 @@ def test_padding_with_zeros_is_doubted_at_the_end_only(h):
     assert mel_warning(torch.full((80, 9), SILENT_LOG_MEL), log_mel) is None
 
 
-def test_the_first_doubtful_mel_of_many_is_named_with_their_number(h, capsys):
+def test_the_first_wrong_mel_of_many_is_named_with_their_number(h, capsys):
     good, log_mel = torch.from_numpy(mel_of(speech_like(1), h)), LogMelSpectrogram(h, h.fmax)
     mels = {"a.npy": good, "b\n.npy": good / 2.3, "c.npy": good, "d.npy": good * 0}
     say_mel_warnings(((Path(name), mel) for name, mel in mels.items()), log_mel)
     line = capsys.readouterr().out
     assert line.startswith("b .npy: values from -2.84 to ") and line.count("\n") == 1
-    assert line.endswith("recipe? (2 of 4 mels are doubtful)\n")
+    assert line.endswith("settings? (2 of 4 mels look wrong)\n")
     say_mel_warnings([(Path("a.npy"), good)], log_mel)
     assert capsys.readouterr().out == ""
 
@@ -517,7 +517,7 @@ def test_a_waveform_that_is_not_finite_is_not_written(tmp_path, value):
     ("beyond", "said"), [(0, None), (10, None), (11, "1%"), (390, "39%"), (1000, "100%")]
 )
 def test_much_clamping_is_reported(tmp_path, capsys, beyond, said):
-    """Of 1,000 samples in three pieces. 1.0 itself is not counted."""
+    """The file has 1,000 samples in three pieces. A sample of exactly 1.0 is not counted."""
     wav = torch.ones(1000)
     wav[:beyond] = torch.linspace(-5, -1.001, beyond)
     path = tmp_path / "a\nb.wav"

@@ -136,7 +136,7 @@ def test_griffin_lim_steps_may_change_but_not_the_kind_of_the_generator(run):
     with pytest.raises(UserError, match="a run with griffin_lim_steps, but now without: expected"):
         run(3)
     write_config(run.folder / "config.json", "configs/hifigan_v2.json")
-    with pytest.raises(UserError, match="of an MRF, now a MISR: expected the same model"):
+    with pytest.raises(UserError, match="a run of an MRF, but now a MISR: expected the same model"):
         run(3)
 
 
@@ -255,7 +255,7 @@ def test_moments_that_fit_are_loaded():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The config and the folder of a run that was saved at its start."""
+    """Returns the config and the folder of a run that was saved at its start."""
     folder = tmp_path_factory.mktemp("run")
     h = toy_config(folder)
     state = build_state(h, CPU)
@@ -340,7 +340,7 @@ def test_checkpoints_are_found_in_the_order_of_their_steps_and_look_alikes_are_n
     ],
 )
 def test_a_misr_takes_what_fits_from_an_mrf(tmp_path, capsys, theirs, ours, blocks, own):
-    """Outer layers, and shared blocks of its kernel size, also from an MRF of more stages."""
+    """It takes outer layers, and blocks of its kernel size, also from an MRF of more stages."""
     torch.manual_seed(1)
     other = Generator(toy_config(tmp_path, theirs))
     path = tmp_path / "g_00000009"

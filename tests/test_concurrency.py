@@ -22,7 +22,7 @@ from utils import atomic_write
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files of a folder, in depth."""
+    """Returns all files of a folder and its subfolders."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -48,7 +48,7 @@ def batch(h, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gradients(state: State) -> torch.Tensor:
-    """Of the last update, as one vector on the CPU."""
+    """Returns the gradients of the last update, as one vector on the CPU."""
     modules = (state.generator, state.discriminators)
     return torch.cat([p.grad.flatten().cpu() for m in modules for p in m.parameters()])
 
@@ -70,7 +70,7 @@ def test_an_update_is_that_of_the_cpu(tmp_path, config):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_an_update_in_bf16_is_near_that_of_the_cpu(tmp_path, config):
-    """Its losses, weights and moments are in float32 all the same."""
+    """The losses, weights and moments stay in float32."""
     h = toy_config(tmp_path, config)
     exact, state = build_state(h, CPU), build_state(h, CUDA, "bf16")
     convolved = []
@@ -95,7 +95,7 @@ def test_an_update_in_bf16_is_near_that_of_the_cpu(tmp_path, config):
     ],
 )
 def test_an_update_of_a_distillation_is_that_of_the_cpu(tmp_path, teacher, student):
-    """After a warm start, when the mel loss of the whole is included."""
+    """The update follows a warm start, so that it includes the mel loss of the whole generator."""
     teacher_h, h = toy_config(tmp_path, teacher), toy_config(tmp_path, student)
     losses = []
     for device in (CPU, CUDA):
@@ -132,7 +132,7 @@ def weights(folder: Path, steps: int) -> np.ndarray:
 
 
 def test_a_run_goes_from_cpu_to_gpu_and_back(run, tmp_path):
-    """As an undisturbed one on the CPU, but for rounding, which Adam makes whole steps of."""
+    """The run equals one on the CPU, except for rounding, which Adam can turn into whole steps."""
     run(tmp_path / "straight", 6, "cpu")
     for steps, device in ((2, "cpu"), (4, "cuda"), (6, "cpu")):
         run(tmp_path / "wandering", steps, device)
@@ -145,7 +145,7 @@ def test_a_run_goes_from_cpu_to_gpu_and_back(run, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_whole_run(run, tmp_path, capsys, precision):
-    """With all that is shown of it."""
+    """The run includes validation, TensorBoard and printed lines."""
     flags = ("--summary_interval", 1, "--validation_interval", 2, "--stdout_interval", 1)
     run(tmp_path / "cp", 3, "cuda", "--precision", precision, *flags)
     shown = capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_a_whole_run(run, tmp_path, capsys, precision):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_chunks_are_the_whole(tmp_path, config):
-    """And the CPU's, with weights whose far context matters."""
+    """They also equal the CPU's. The weights are such that the whole receptive field matters."""
     torch.manual_seed(0)
     generator = to_inference(Generator(toy_config(tmp_path, config)), CPU, "fp32")
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_chunks_are_the_whole(tmp_path, config):
 
 
 def start(code: str, *arguments) -> subprocess.CompletedProcess:
-    """train.py in a process of its own, after `code`."""
+    """Runs `code` and then train.py in a new process."""
     code = f"import sys, torch, train, utils; {code}; utils.command_line(train.main)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

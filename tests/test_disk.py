@@ -139,7 +139,7 @@ def test_a_file_named_logs(run):
 
 
 def test_logs_are_on_disk_before_the_checkpoint(run, monkeypatch):
-    """So that a killed run loses no logs of the steps that it has saved."""
+    """A killed run then loses no logs of the steps that it has saved."""
     append = gfile.LocalFileSystem.append
 
     def slow(*arguments):
@@ -256,7 +256,7 @@ def test_a_deleted_validation_clip_loses_no_step(run, monkeypatch):
 
 
 def test_a_deleted_list(run, monkeypatch):
-    """It is read at the start only."""
+    """A list is read only at the start, so the run continues."""
     after_step(monkeypatch, 1, (run.corpus / "training.txt").unlink)
     assert run(3) == (0, [])
     before = contents(run.folder)

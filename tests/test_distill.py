@@ -225,7 +225,7 @@ def test_the_student_starts_from_the_teacher_s_layers_and_its_blocks_of_the_same
 
 @pytest.mark.parametrize("steps", [0, 5])
 def test_the_outer_layers_are_the_teacher_s_after_a_warm_start_or_a_resume(tmp_path, steps):
-    """Also if the files are of another teacher; the blocks are those of the files."""
+    """This holds for files of another teacher, too. The blocks are those of the files."""
     teacher = loud(Generator(toy_config(tmp_path, MRF)))
     learner, state = distillation(tmp_path, teacher)
     other = Generator(state.h)
@@ -284,7 +284,7 @@ def test_a_lighter_frame_rate_generator_learns_from_a_larger_one(tmp_path):
 
 
 def test_a_frame_rate_student_starts_from_the_teacher_s_layers_that_fit(tmp_path, capsys):
-    """All except the refiner, if only that is smaller."""
+    """If only the refiner is smaller, all other layers fit."""
     teacher = Generator(toy_config(tmp_path, FRAMES))
     teacher.remove_weight_norm()
     with torch.no_grad():

@@ -109,7 +109,7 @@ def errors_of_the_start(folder: Path, corpus: Path, ports: list[int]) -> None:
 
 
 def in_process(rank: int, ports: list[int], folder: Path, corpus: Path) -> None:
-    """What each of two processes does."""
+    """Runs in each of two processes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     with distributed.joined_processes(torch.device("cpu")):
@@ -122,7 +122,7 @@ def in_process(rank: int, ports: list[int], folder: Path, corpus: Path) -> None:
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory, corpus) -> Path:
-    """A folder with what two processes, and one, have done."""
+    """A folder with the results of two processes and of one."""
     folder = tmp_path_factory.mktemp("two")
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(3)]
@@ -146,7 +146,7 @@ def of_two(tmp_path_factory, corpus) -> Path:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_two_processes_make_the_same_gradients(of_two, config):
-    """With discriminators and without."""
+    """The runs have discriminators or none."""
     one, two = (torch.load(of_two / f"{config}_of_{count}") for count in (1, 2))
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -187,7 +187,7 @@ class TwoProcesses:
         self.arguments += ["--summary_interval", "1", "--stdout_interval", "1"]
 
     def two(self, *arguments, preexec_fn=None) -> subprocess.Popen:
-        """As on a machine with two GPUs."""
+        """Acts like a machine with two GPUs."""
         code = (
             "import sys, torch, train, utils; torch.cuda.device_count = lambda: 2; "
             "sys.argv = ['train.py', *sys.argv[1:]]; utils.command_line(train.main)"
@@ -219,7 +219,7 @@ def weights(folder: Path, steps: int) -> np.ndarray:
 
 
 def logged_losses(folder: Path) -> np.ndarray:
-    """Of each step, as TensorBoard has them."""
+    """Returns the losses of each step from TensorBoard."""
     events = EventAccumulator(str(folder / "logs"))
     events.Reload()
     tags = [f"training/{name}" for name in ("disc_loss_total", "gen_loss_total", "mel_spec_error")]
@@ -249,7 +249,7 @@ def test_two_processes_train_alike_and_share_checkpoints(runs, tmp_path):
 
 
 def read_to(process: subprocess.Popen, steps: int) -> list[str]:
-    """The lines that a run prints until it says that so many steps are made."""
+    """Returns the lines that a run prints up to the line of a step."""
     lines = []
     for line in iter(process.stdout.readline, ""):
         lines.append(line)
@@ -259,7 +259,7 @@ def read_to(process: subprocess.Popen, steps: int) -> list[str]:
 
 
 def test_a_hangup_saves_and_stops(runs, tmp_path):
-    """As when the terminal is closed: torchrun receives it and passes it on."""
+    """A closed terminal sends SIGHUP to torchrun, which passes it on."""
     folder = tmp_path / "cp"
     process = runs.two("--checkpoint_path", folder)
     read_to(process, 2)

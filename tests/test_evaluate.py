@@ -477,7 +477,7 @@ def test_a_crash_is_one_line_and_the_other_files_are_measured(tmp_path, capsys, 
     assert results["metrics"]["mel_l1"]["systems"]["g"]["n"] == 1
 
 
-# --------------------------------------------------------------------------------- the pictures
+# ----------------------------------------------------------------------------- the spectrograms
 
 
 @pytest.mark.parametrize("fmax", [8000, None])
@@ -493,7 +493,7 @@ def test_the_frequency_axis_is_that_of_the_filterbank(fmax):
         assert abs(loudest + 0.5 - band) <= 1, hertz
 
 
-def test_pictures_of_training_have_an_envelope_above_a_mel_in_hertz():
+def test_figures_of_training_have_an_envelope_above_a_mel_in_hertz():
     h = config()
     wav = speech_like(0.5)
     mel = LogMelSpectrogram(h, h.fmax)(torch.from_numpy(wav)[None])[0].numpy()

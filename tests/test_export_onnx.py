@@ -221,7 +221,7 @@ def test_the_documented_lines_stream(exported, monkeypatch):
     mel = random_mel(100).numpy()
     expected = run_onnx(exported, mel[None])[0, 0]
     for frames in (1, 32, 100, 1000):
-        pieces = list(names["speak"](mel, frames))
+        pieces = list(names["vocode"](mel, frames))
         assert len(pieces) == -(-100 // frames)
         wav = np.concatenate(pieces)
         np.testing.assert_allclose(wav, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

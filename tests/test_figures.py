@@ -1,4 +1,4 @@
-"""The scores in cards, README and docs are those that evaluate.py wrote to docs/figures."""
+"""The scores in cards and docs/results.md are those that evaluate.py wrote to docs/figures."""
 
 import json
 import math
@@ -19,7 +19,7 @@ COLUMNS = {
     "STOI": "stoi",
 }
 PAGES = [
-    *(ROOT / name for name in ("README.md", "docs/results.md")),
+    ROOT / "docs/results.md",
     *sorted(ROOT.glob("pretrained/*/README.md")),
 ]
 

@@ -13,7 +13,7 @@ def test_damaged_files_are_read_correctly_or_refused_in_one_line(kind):
 
 
 class TwoLinedError(UserError):
-    """Keeps its lines, unlike UserError."""
+    """An error whose message keeps its line breaks; a UserError joins them."""
 
     def __str__(self) -> str:
         return self.args[0]

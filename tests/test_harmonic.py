@@ -1,9 +1,11 @@
 """The harmonic-plus-noise head against sums of cosines, PyTorch's STFT and least squares."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +28,7 @@ from models import Generator
 from tools.toy import speech_like, toy_config
 
 FRAME_RATE = "configs/frame_v2.json"
+GOLDEN = Path(__file__).parent / "golden"
 ODD = {"hop_size": 200, "n_fft": 900, "win_size": 800, "segment_size": 4000}
 SMALL = {"hop_size": 32, "n_fft": 128, "win_size": 128, "num_mels": 10}
 SMALL_ODD = {"hop_size": 30, "n_fft": 130, "win_size": 120, "num_mels": 10, "segment_size": 2100}
@@ -101,16 +104,16 @@ def test_the_pulse_train_is_the_sum_of_all_harmonics(head_of):
     inner = slice(before, before + 12 * hop)
     centres = (np.arange(12) + 0.5) * hop
     expected_f0 = np.exp(np.interp(np.arange(12 * hop) + 0.5, centres, log_f0[0]))
-    cycles = np.concatenate([[0], np.cumsum(expected_f0 / 22050)[:-1]])
-    cycles = cycles - cycles[2 * hop] + 0.3
+    expected_phase = np.concatenate([[0], np.cumsum(expected_f0 / 22050)[:-1]])
+    expected_phase = expected_phase - expected_phase[2 * hop] + 0.3
     harmonics = 11025 / expected_f0
     expected = sum(
-        np.clip(harmonics - k + 1, 0, 1) * np.cos(2 * np.pi * k * cycles)
+        np.clip(harmonics - k + 1, 0, 1) * np.cos(2 * np.pi * k * expected_phase)
         for k in range(1, int(harmonics.max()) + 2)
     ) / np.sqrt(harmonics / 2)
     assert pulses.shape == (1, (12 + head.stft.overlap) * hop)
     np.testing.assert_allclose(f0[0, inner], expected_f0, rtol=1e-9)
-    np.testing.assert_allclose(phase[0, inner], cycles, atol=1e-9)
+    np.testing.assert_allclose(phase[0, inner], expected_phase, atol=1e-9)
     np.testing.assert_allclose(pulses[0, inner], expected, atol=2e-3)
 
 
@@ -229,11 +232,11 @@ def test_log_mels_below_silence_are_silence(tmp_path):
 def test_the_refiner_starts_near_zero_and_has_the_stated_receptive_field(
     tmp_path, changes, before, after, patches
 ):
-    """Of patches: 1 for conv_pre, 1 + 2 + 4 for its units, and 3 for their second convolutions."""
+    """In patches: 1 of conv_pre, 1 + 2 + 4 of the units, and 3 of their second convolutions."""
     refiner = Refiner(frame_rate(tmp_path, **changes)).double().requires_grad_(False)
-    pictures = torch.randn(Refiner.PICTURES, 1, 41, 513, dtype=torch.float64)
+    maps = torch.randn(Refiner.MAPS, 1, 41, 513, dtype=torch.float64)
     conditioning = torch.randn(1, 41, COND_CHANNELS * refiner.patches, dtype=torch.float64)
-    x = refiner.to_patches(list(pictures), conditioning)
+    x = refiner.to_patches(list(maps), conditioning)
     refinement = refiner(x)
     assert 0 < float(refinement.std()) < 0.05
     assert refiner.receptive_field == (before, after)
@@ -250,8 +253,8 @@ def test_the_refiner_starts_near_zero_and_has_the_stated_receptive_field(
 def test_the_highest_bins_that_fill_no_patch_are_not_refined(tmp_path, changes, patches):
     h = frame_rate(tmp_path, **changes)
     refiner, bins = Refiner(h).requires_grad_(False), h.n_fft // 2 + 1
-    pictures = list(torch.randn(Refiner.PICTURES, 1, 7, bins))
-    x = refiner.to_patches(pictures, torch.randn(1, 7, COND_CHANNELS * patches))
+    maps = list(torch.randn(Refiner.MAPS, 1, 7, bins))
+    x = refiner.to_patches(maps, torch.randn(1, 7, COND_CHANNELS * patches))
     assert x.shape[3] == refiner.patches == patches
     refinement = refiner(x)
     assert refinement.shape == (1, 7, bins)
@@ -264,7 +267,7 @@ def test_the_highest_bins_that_fill_no_patch_are_not_refined(tmp_path, changes, 
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_consistent_spectrum_gives_its_waveform(head_of, steps):
-    """Of the spectrum only the phase counts."""
+    """Only the phase of the spectrum is used."""
     head = head_of(griffin_lim_steps=steps)
     wav = torch.from_numpy(speech_like(0.6))[None, : 50 * head.hop_size].double()
     spectrum = head.stft(F.pad(wav, head.stft.margins))
@@ -325,7 +328,7 @@ def test_the_phase_of_nearly_cancelling_frames_counts_less():
 def test_a_sample_depends_on_the_frames_of_the_receptive_field(
     tmp_path, steps, changes, excitation, field
 ):
-    """Here, on the F0 without the refiner. Besides, phases depend on all frames to the anchor."""
+    """The refiner is switched off. Phases also depend on the F0 of all frames up to the anchor."""
     generator = Generator(frame_rate(tmp_path, griffin_lim_steps=steps, **changes)).double()
     head, frame = generator.eval().requires_grad_(False).head, 20
     assert generator.receptive_field == field
@@ -355,3 +358,23 @@ def test_bf16_runs_in_the_refiner_and_is_close_to_fp32(tmp_path):
     assert bf16.conv_post.weight.dtype == wavs[1].dtype == torch.float32
     mels = [LogMelSpectrogram(h, h.fmax)(wav) for wav in wavs]
     assert 0 < float((mels[0] - mels[1]).abs().mean()) < 0.1
+
+
+def golden_generator(h: Config) -> Generator:
+    """Returns a generator whose weights follow from NumPy's RandomState, which never changes."""
+    generator, random = Generator(h), np.random.RandomState(0)
+    generator = to_inference(generator, torch.device("cpu"), "fp32").double()
+    for _, weight in sorted(generator.named_parameters()):
+        values = random.standard_normal(tuple(weight.shape))
+        weight.copy_(torch.from_numpy(0.3 * values / math.sqrt(max(1, weight[0].numel()))))
+    return generator
+
+
+@pytest.mark.parametrize("name", ["frame_v2", "frame_v3"])
+def test_a_stored_mel_gives_the_stored_samples(tmp_path, name):
+    """tests/golden/<name>.wav is the output of this generator when the tests above had passed."""
+    mel = torch.from_numpy(np.load(GOLDEN / "mel.npy")) - 1  # within full scale
+    wav = golden_generator(toy_config(tmp_path, f"configs/{name}.json"))(mel[None])[0, 0]
+    expected, _ = soundfile.read(GOLDEN / f"{name}.wav")
+    assert expected.std() > 0.01 and np.abs(expected).max() < 0.9
+    np.testing.assert_allclose(wav, expected, rtol=0, atol=1e-4)

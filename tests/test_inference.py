@@ -165,11 +165,11 @@ def test_bf16_is_warned_about_where_the_processor_lacks_it(
     monkeypatch.setattr(utils, "computes_in_bfloat16", lambda _: has_bfloat16)
     for precision in ("fp32", "bf16"):
         assert vocode(checkpoint, wavs / "a.wav", tmp_path, "--precision", precision) == 0
-        is_warned = "does not support bfloat16" in capsys.readouterr().err
+        is_warned = "this processor has no bfloat16" in capsys.readouterr().err
         assert is_warned == (precision == "bf16" and not has_bfloat16)
 
 
-def test_mels_of_another_recipe_are_vocoded_with_one_warning(checkpoint, mels, tmp_path, capsys):
+def test_mels_with_other_settings_are_vocoded_with_one_warning(checkpoint, mels, tmp_path, capsys):
     for name in ("a", "b"):
         np.save(tmp_path / f"{name}.npy", np.load(mels / f"{name}.npy") / np.log(10))
     assert vocode_mels(checkpoint, tmp_path, tmp_path / "out") == 0
@@ -258,7 +258,7 @@ BATCHED = {"a": 0.6, "b": 0.3, "d": 0.4, "sub/c": 0.5}  # seconds: 51, 25, 34 an
     ("chunk_frames", "calls", "padded"),
     [
         (1024, [(2, 34), (2, 51)], {"b", "sub/c"}),
-        (43, [(2, 34), (1, 43), (1, 43), (1, 26 + 8)], {"b"}),
+        (43, [(2, 34), (1, 43), (1, 43 + 8), (1, 13 + 8)], {"b"}),
     ],
     ids=["shorter than a chunk", "one longer than a chunk"],
 )
@@ -366,11 +366,11 @@ def test_a_loaded_generator_is_the_trained_one_without_weight_norm(tmp_path, con
 def test_pieces_of_any_size_equal_the_whole(tmp_path, config, changes):
     """In float64, because phases add up the rounding of F0."""
     generator = load_generator(new_checkpoint(tmp_path, config, **changes))[0].double()
-    mel = random_mel(40)
+    mel = random_mel(24)
     whole = synthesize(generator, mel)
-    for chunk_frames in (1, 7, 39, 41):
+    for chunk_frames in (1, 7, 25):
         pieces = list(stream(generator, mel, chunk_frames))
-        sizes = [min(chunk_frames, 40 - i) for i in range(0, 40, chunk_frames)]
+        sizes = [min(chunk_frames, 24 - i) for i in range(0, 24, chunk_frames)]
         assert [len(piece) for piece in pieces] == [HOP * size for size in sizes]
         difference = (torch.cat(pieces) - whole).abs().max()
         assert float(difference / whole.abs().max()) < 1e-6

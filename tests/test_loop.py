@@ -54,7 +54,7 @@ def _own_handlers():
 
 
 def logged(run: Run) -> EventAccumulator:
-    """What TensorBoard shows of a run."""
+    """Returns the TensorBoard data of a run."""
     events = EventAccumulator(str(run.folder / "logs"))
     events.Reload()
     return events
@@ -187,7 +187,7 @@ def test_metrics_come_from_another_process_which_outlives_a_failed_measurement(t
 
 
 def test_a_killed_metrics_process_is_one_line_and_training_continues(run, monkeypatch, capsys):
-    """As by a segmentation fault in a broken cache of numba."""
+    """A segmentation fault in a broken cache of numba kills it in this way."""
     submit = BackgroundMetrics.submit
 
     def submit_and_kill(self, steps, pairs):
@@ -225,7 +225,7 @@ def test_a_validation_clip_too_long_for_the_memory_ends_the_run_saved(run, monke
 
 
 def test_fine_tuning(run, corpus, tmp_path, capsys):
-    """On the mels that meldataset.py writes, one of them with Tacotron 2's extra frame."""
+    """The mels are written by meldataset.py. One has an extra frame, as Tacotron 2's mels have."""
     mels = tmp_path / "ft_dataset"
     flags = ("--config", run.config, "--input_wavs_dir", corpus / "wavs", "--output_dir", mels)
     run_main(meldataset, *flags)
@@ -261,7 +261,7 @@ def test_whole_paths_as_ids_need_no_folder(run, corpus, tmp_path):
 
 @pytest.mark.parametrize("clip", ["clip3", "clip6"])
 def test_a_file_that_is_no_audio_is_found_at_the_start(run, corpus, tmp_path, clip):
-    """A training clip by its header, and a validation clip."""
+    """A training clip is found by its header. A validation clip is read whole."""
     shutil.copytree(corpus / "wavs", tmp_path / "wavs")
     (tmp_path / "wavs" / f"{clip}.wav").write_text("not a wav")
     with pytest.raises(UserError, match=rf"{clip}\.wav: cannot be read as audio"):
@@ -338,7 +338,7 @@ def workers_of(process) -> list[int]:
 def test_a_signal_while_waiting_for_data_saves_and_stops(
     start, run, tmp_path, num_workers, prepare, ignored, number
 ):
-    """Also if data workers receive it, too, as from a scheduler; they end with the trainer."""
+    """Data workers may receive the signal, too, from a scheduler. They end with the trainer."""
     process = start(prepare, num_workers=num_workers)
     if ignored is not None:
         os.kill(process.pid, ignored)
@@ -410,7 +410,7 @@ def test_a_second_signal_ends_the_process_unless_it_is_the_same_request():
 
 
 def test_a_killed_worker_is_one_line_and_loses_nothing(start, run, tmp_path):
-    """As the system kills if memory runs out."""
+    """The system kills a worker if memory runs out."""
     process = start(hang_in_the_second_epoch, num_workers=2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     process.join(PATIENCE)
@@ -432,7 +432,7 @@ def may_mount() -> bool:
 
 @pytest.mark.skipif(not may_mount(), reason="may not mount file systems")
 def test_too_little_shared_memory_is_one_line(run):
-    """Less than the workers' batches; then /dev/shm cannot be written at all."""
+    """/dev/shm is smaller than the workers' batches, or cannot be written at all."""
     code = (
         "import subprocess, sys, train; from utils import command_line\n"
         "def run(options):\n"
@@ -456,7 +456,7 @@ def test_too_little_shared_memory_is_one_line(run):
 
 
 def test_a_long_tmpdir_and_unwritable_output_do_not_stop_a_run(run, tmp_path):
-    """TMPDIR of a cluster's job; standard output goes to a file on a full disk."""
+    """The TMPDIR is that of a cluster's job. Standard output goes to a file on a full disk."""
     folder = tmp_path / ("x" * 90)
     folder.mkdir()
     write_config(run.config, num_workers=1)
@@ -500,7 +500,7 @@ def test_left_over_variables_of_torchrun_are_named(run, monkeypatch, variables, 
 
 
 def failing(error: Exception):
-    """Batches, the next of which is an error."""
+    """Batches; getting the next one raises an error."""
     raise error
     yield
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import build_state
 from losses import (
     EDGE,
     REPULSION,
@@ -20,6 +21,7 @@ from models import Generator
 from pitch import PitchEstimator
 from tests.test_pitch import harmonics
 from tools.toy import speech_like, toy_config
+from train import training_step
 
 FRAME_RATE = "configs/frame_v2.json"
 
@@ -82,6 +84,17 @@ def test_the_energy_distance_detects_a_comb_that_mel_bands_hide(tmp_path):
     echo = echo * samples.std() / echo.std()
     assert loss(echo[0], wav) < 1.06 * loss(samples[0], wav)
     assert loss.energy_distance(echo, wav) > 1.15 * loss.energy_distance(samples, wav)
+
+
+def test_a_frame_rate_update_compares_two_samples_of_the_generator(tmp_path):
+    h = toy_config(tmp_path, FRAME_RATE, batch_size=2)
+    state = build_state(h, torch.device("cpu"))
+    wav = torch.from_numpy(speech_like(0.2)).float()[: 2 * h.segment_size].view(2, 1, -1)
+    mel = LogMelSpectrogram(h, h.fmax)(wav[:, 0])
+    samples = state.generator(mel.repeat(2, 1, 1))  # in training, the states follow from the mels
+    expected = state.mel_loss.energy_distance(samples.view(2, 2, -1), wav[:, 0])
+    losses = training_step(state, mel, wav)
+    torch.testing.assert_close(losses["gen_loss_energy"], expected.detach())
 
 
 # ----------------------------------------------------------------------------- F0 and aperiodicity

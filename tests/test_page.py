@@ -83,7 +83,7 @@ class Links(HTMLParser):
 def test_every_file_of_the_page_is_there_and_none_is_elsewhere(page):
     text = page.read_text(encoding="utf-8")
     files = [link for link in Links(text).found if not link.startswith("data:")]
-    assert len(files) == 2 * (3 * 3 + 2)  # a sound and a picture each
+    assert len(files) == 2 * (3 * 3 + 2)  # a sound and a spectrogram each
     assert all((page.parent / link).is_file() for link in files)
     assert {path.name for path in (page.parent / listening_page.FILES).iterdir()} == {
         Path(link).name for link in files
@@ -102,11 +102,11 @@ def test_clips_come_first_in_two_groups_then_means(page):
         "<h2>Means</h2>",
         "<summary>All metrics</summary>",
     )
-    places = [text.index(part) for part in parts]
-    assert places == sorted(places)
-    assert "mel L1 ↓</th>" in text[places[-2] : places[-1]]  # STOI is folded
-    assert "STOI ↑</th>" not in text[places[-2] : places[-1]]
-    assert "STOI ↑</th>" in text[places[-1] :]
+    positions = [text.index(part) for part in parts]
+    assert positions == sorted(positions)
+    assert "mel L1 ↓</th>" in text[positions[-2] : positions[-1]]  # STOI is folded
+    assert "STOI ↑</th>" not in text[positions[-2] : positions[-1]]
+    assert "STOI ↑</th>" in text[positions[-1] :]
 
 
 def test_sounds_are_the_files_themselves(page):
@@ -135,7 +135,7 @@ def test_formats_that_browsers_do_not_play_become_flac(tmp_path, name, kind, end
     np.testing.assert_allclose(soundfile.read(copy)[0], soundfile.read(original)[0], atol=1e-6)
 
 
-def test_pictures_have_one_scale(tmp_path):
+def test_spectrograms_have_one_scale(tmp_path):
     """One byte for each cell: 0 is silence, 255 is loud speech; low bands are at the bottom."""
     mel = np.array([[-11.5, 2.0, -4.75], [-20.0, 5.0, 2.0]])  # the upper band is the second row
     save_bare_spectrogram(mel, tmp_path / "mel.png")
@@ -287,15 +287,15 @@ def test_keys_switch_systems_at_the_same_moment_and_walk_from_clip_to_clip(tab):
     for key, system in (("s", "rough"), ("Shift+S", "fine"), ("0", "reference")):
         tab.keyboard.press(key)
         wait_for_sound(tab)
-        (heard,) = playing(tab)
-        assert heard[:2] == ["second", system] and 1 <= heard[2] < 1.9
+        (played,) = playing(tab)
+        assert played[:2] == ["second", system] and 1 <= played[2] < 1.9
     tab.keyboard.press(" ")
     assert playing(tab) == []
     tab.evaluate("now.currentTime = 1.7")
     tab.keyboard.press("2")  # continues from there
     wait_for_sound(tab)
-    (heard,) = playing(tab)
-    assert heard[1] == "rough" and 1.7 <= heard[2] < 2
+    (played,) = playing(tab)
+    assert played[1] == "rough" and 1.7 <= played[2] < 2
     for key, clip in (("n", "third"), ("p", "second"), ("p", "tts")):
         tab.keyboard.press(key)
         tab.keyboard.press("1")
@@ -307,7 +307,7 @@ def test_keys_that_come_faster_than_the_sound_leave_one_player_on(tab):
     tab.keyboard.press("1")
     wait_for_sound(tab)
     keys = "ssss0ssssss2s"  # of three systems, the last is followed by the first
-    heard = tab.evaluate(
+    played = tab.evaluate(
         """keys => {
             for (const key of keys) document.body.dispatchEvent(
                 new KeyboardEvent("keydown", { key, bubbles: true }));
@@ -316,7 +316,7 @@ def test_keys_that_come_faster_than_the_sound_leave_one_player_on(tab):
         }""",
         keys,
     )
-    assert heard == ["reference"]  # before any event of a player
+    assert played == ["reference"]  # before any event of a player
     wait_for_sound(tab)
     assert [each[:2] for each in playing(tab)] == [["second", "reference"]]
 
@@ -325,9 +325,9 @@ def test_a_tap_on_a_name_or_a_spectrogram_plays(tab):
     tab.locator(".clip[data-name=first] [data-system=fine] .jump").click()
     wait_for_sound(tab)
     assert [each[:2] for each in playing(tab)] == [["first", "fine"]]
-    picture = tab.locator(".clip[data-name=first] [data-system=rough] .picture")
-    box = picture.bounding_box()
-    picture.click(position={"x": box["width"] * 0.5, "y": 20})
+    spectrogram = tab.locator(".clip[data-name=first] [data-system=rough] .picture")
+    box = spectrogram.bounding_box()
+    spectrogram.click(position={"x": box["width"] * 0.5, "y": 20})
     wait_for_sound(tab, 0.9)
     ((clip, system, seconds),) = playing(tab)
     assert (clip, system) == ("first", "rough") and 0.9 < seconds < 2.0

@@ -325,7 +325,7 @@ class Newcomer:
     def transposed(self):
         self.synthesize("cp/g_00000002", mel=np.zeros((132, 80)))
 
-    def another_recipe(self):
+    def other_settings(self):
         (self.folder / "loud").mkdir()
         config = write_config(self.folder / "loud/config.json", "configs/istft_v2.json")
         generator = Generator(load_config(config))
@@ -367,10 +367,10 @@ class Newcomer:
 
 MISTAKES = {  # by words of the message
     "looks transposed": Newcomer.transposed,
-    "values from 0 to 0": Newcomer.another_recipe,
-    "beyond full scale": Newcomer.another_recipe,
+    "values from 0 to 0": Newcomer.other_settings,
+    "beyond full scale": Newcomer.other_settings,
     "a peak of": Newcomer.integers_as_floats,
-    "samples; expected at most 2": Newcomer.another_length,
+    "(hop_size 256); expected at most 2": Newcomer.another_length,
     "no audio file for the id": lambda self: self.train(*self.list_of("LJ001-0001|words\n")),
     "fewer than batch_size": lambda self: self.train(
         *self.list_of("clip0\nclip1\n"), "--config", self.config_with(batch_size=4)

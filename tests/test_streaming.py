@@ -33,7 +33,7 @@ def stream(streamer: Streamer, mel: torch.Tensor, sizes: list[int]) -> torch.Ten
 
 
 def frame_rate_generator(tmp_path, **changes) -> Generator:
-    """A toy frame-rate generator in float64, where rounding does not grow to anything."""
+    """A toy frame-rate generator in float64, in which rounding errors stay small."""
     h = load_config(write_config(tmp_path / "config.json", FRAME_RATE, **changes))
     generator = Generator(h).double()
     generator.remove_weight_norm()

@@ -160,7 +160,7 @@ def test_an_update_with_one_power_iteration_stays_close_to_the_textbook(mrf_conf
 
 
 def test_a_folder_of_hifigan_resumes(mrf_config, tmp_path):
-    """With old key names and optimizers, the next update equals the textbook's next.
+    """The next update after resuming HiFi-GAN's files equals the textbook's.
 
     HiFi-GAN saves before it counts: its do_00000007 is of the 8th update.
     """
@@ -249,7 +249,7 @@ def test_compiled_models_make_the_same_losses(tmp_path):
 @pytest.mark.parametrize("config", ["config_v2.json", "configs/frame_v3.json"])
 def test_compile_reaches_the_modules_that_training_calls(tmp_path, monkeypatch, config):
     compiled = []
-    monkeypatch.setattr(nn.Module, "compile", compiled.append)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
     state = build_state(toy_config(tmp_path, config), CPU)
     state.compile()
     assert compiled == [state.ddp_generator, state.ddp_discriminators]
@@ -258,7 +258,7 @@ def test_compile_reaches_the_modules_that_training_calls(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("config", ["config_v2.json", "configs/istft_v2.json"])
 def test_an_update_stays_on_its_device(tmp_path, monkeypatch, config, start):
-    """As it must on a GPU. The meta device, which has no autocast, refuses tensors of others."""
+    """This matters on a GPU. The meta device, which has no autocast, refuses other tensors."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     h = toy_config(tmp_path, config, discriminator_train_start_steps=start)
     meta = torch.device("meta")
@@ -312,7 +312,7 @@ def test_the_learning_rate_decays_exponentially(tmp_path):
 
 
 def test_each_lambda_is_declared_as_a_loss_and_documented():
-    """From the declaration follow its weight and that a resumed run may change it."""
+    """The declaration gives the weight, and lets a resumed run change it."""
     keys = {field.name for field in fields(Config) if field.name.startswith("lambda_")}
     assert keys == {loss.weight for loss in LOSSES if loss.weight}
     assert keys <= CHANGEABLE_KEYS

@@ -92,10 +92,10 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
-@pytest.mark.parametrize("place", ["a_file/out.wav", "a_file/deeper/out.wav", "a_folder"])
-def test_an_unwritable_place_is_named(tmp_path, place):
+@pytest.mark.parametrize("name", ["a_file/out.wav", "a_file/deeper/out.wav", "a_folder"])
+def test_an_unwritable_path_is_named(tmp_path, name):
     write_files(tmp_path, "a_file", "a_folder/inside")
-    path = tmp_path / place
+    path = tmp_path / name
     with pytest.raises(WriteError) as error, atomic_write(path) as temporary:
         temporary.write_text("new")
     assert str(error.value).startswith(f"{path}: cannot be written")
@@ -358,7 +358,7 @@ class NotebookStream(io.StringIO):
 
 @pytest.mark.parametrize("stream", [NotebookStream(), None], ids=["notebook", "service"])
 def test_a_command_needs_neither_a_terminal_nor_streams(monkeypatch, stream):
-    """As with `%run inference.py` in Jupyter, or in a service without streams."""
+    """`%run inference.py` in Jupyter and services without streams are such cases."""
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
     utils.say("something")  # as a library may
@@ -390,7 +390,7 @@ command_line(main)
 
 @pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&1 | true", ">/dev/full 2>/dev/full"])
 def test_closed_streams_do_not_end_a_command(streams):
-    """The reader of a pipe has left, or a disk is full. Status 1 is that of the skipped files."""
+    """The reader has closed the pipe, or a disk is full. Status 1 is due to skipped files."""
     shell = f"{sys.executable} -c '{COMMAND}' {streams}; exit ${{PIPESTATUS[0]}}"
     run = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
@@ -454,7 +454,7 @@ def numba_folder(monkeypatch, tmp_path):
 
 
 def end_processes() -> None:
-    """Releases the locks, as the ends of the processes do."""
+    """Releases the locks, which also happens when the processes end."""
     while utils._locks:
         utils._locks.pop().close()
 

@@ -87,7 +87,7 @@ def old_generator(kind: type[nn.Module], h: Config) -> nn.Module:
 
 
 def assert_same_speech(ours: nn.Module, theirs: nn.Module) -> None:
-    """Equal to a millionth of the peak; both are left in float64."""
+    """Asserts that both are equal to a millionth of the peak; leaves them in float64."""
     mel = torch.stack([random_mel(40), random_mel(40)]).double()
     with torch.no_grad():
         wavs = [each.eval().double()(mel) for each in (ours, theirs)]
@@ -159,7 +159,7 @@ def test_a_file_without_a_generator_is_refused_and_its_keys_are_named(contents, 
 
 @pytest.mark.parametrize("config", ["config_v2.json", MRF_CONFIG, "configs/istft_v2.json"])
 def test_weights_load_in_any_form(config, tmp_path):
-    """Of this repository's earlier versions, without weight norm, and in half precision."""
+    """The forms: earlier versions of this repository, without weight norm, in half precision."""
     checkpoint = new_checkpoint(tmp_path, config)
     generator, h = load_generator(checkpoint)
     normalised = Generator(h)
@@ -255,7 +255,7 @@ def test_a_warm_start_without_a_matching_layer_is_an_error(tmp_path):
 
 
 def test_saved_weights_load_strictly_into_hifigans_modules(tmp_path):
-    """With the old weight norm and spectral norm, under HiFi-GAN's names."""
+    """The modules have the old weight norm and spectral norm, and HiFi-GAN's names."""
     h = toy_config(tmp_path, MRF_CONFIG)
     state = build_state(h, CPU)
     loud = old_generator(textbook.TextbookGenerator, h)
@@ -279,7 +279,7 @@ def test_saved_weights_load_strictly_into_hifigans_modules(tmp_path):
 
 @pytest.mark.parametrize("config", ["config_v2.json", "configs/istft_v2.json"])
 def test_misr_and_istft_weights_are_saved_with_weight_norm(config, tmp_path):
-    """Also if weight norm was removed."""
+    """This includes generators whose weight norm was removed."""
     generator = Generator(toy_config(tmp_path, config))
     convs = [name for name, m in generator.named_modules() if isinstance(m, nn.Conv1d)]
     convs += [f"ups.{i}" for i in range(len(generator.ups))]
@@ -334,7 +334,7 @@ def test_weights_that_are_zero_or_not_finite_are_kept(value):
 
 @pytest.mark.parametrize("std", [0.003, 3.0])
 def test_a_first_step_after_weight_norm_is_added_changes_weights_little(std):
-    """As little as with HiFi-GAN's own files. The weights are the same bit for bit."""
+    """The change is as small as with HiFi-GAN's own files. The weights are equal bit for bit."""
     folded, again, normed = (torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3)) for _ in range(3))
     torch.nn.init.normal_(folded[0].weight, std=std)
     load_weights(again, to_hifigan_names(folded), "g")
@@ -351,7 +351,7 @@ def test_a_first_step_after_weight_norm_is_added_changes_weights_little(std):
 
 @pytest.mark.parametrize("name", GOLDEN_CONFIGS)
 def test_a_stored_mel_gives_the_stored_samples(name, tmp_path):
-    """tests/golden/<name>.wav is what this script wrote when the tests above had passed."""
+    """tests/golden/<name>.wav was written by inference_e2e.py when the tests above had passed."""
     config, changes = GOLDEN_CONFIGS[name]
     status = run_main(
         inference_e2e,

@@ -6,7 +6,7 @@ Only the generator is trained, on HiFi-GAN's mel loss; with --adversarial, discr
 eighth of the width are trained, too. Runs use bfloat16, one core and the update of train.py. The
 learning rate rises to 0.0005 in 20 updates and falls to 0 at the last, so that seeds can be
 compared. Prints one row per variant: the parameters, the validation mel error of each seed, their
-mean, and the CPU seconds per update. docs/results.md contains the results.
+mean, and the CPU seconds per update. docs/ablations.md contains the results.
 """
 
 import argparse
@@ -43,7 +43,7 @@ COMMON = {
 
 
 class Variant(NamedTuple):
-    """A config, and settings that no config has."""
+    """A config, and settings that are not config keys."""
 
     config: str = "config_v2.json"
     changes: dict = {}  # noqa: RUF012 - it is never changed

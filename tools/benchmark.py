@@ -52,7 +52,7 @@ from utils import (
 )
 
 ROOT = Path(__file__).parents[1]
-MEASURED_FRAMES = 128  # the arithmetic of a second is computed from that of so many frames
+MEASURED_FRAMES = 128  # from which the arithmetic of a second is extrapolated
 MATMUL_SIZE = 2048
 # HiFi-GAN's config for each width of generator.
 BASELINES = {
@@ -66,7 +66,7 @@ CUDNN_SEARCH = 3  # algorithms that cuDNN tries for each convolution; its defaul
 
 
 class Limits(NamedTuple):
-    """The number of turns, and the seconds after which there are fewer."""
+    """The number of turns, and the seconds after which no further turn starts."""
 
     repeats: int
     seconds: float = math.inf
@@ -121,7 +121,7 @@ def generator_macs(h: Config) -> float:
 def discriminator_macs(h: Config) -> float:
     """Returns the multiply-accumulates of MPD and MSD per second of audio, 0 without them.
 
-    They are counted on the reference, which takes a real and a generated waveform: hence the half.
+    The reference takes two waveforms, real and generated, so its count is halved.
     """
     if not h.uses_discriminators:
         return 0
@@ -161,7 +161,7 @@ def median_ratio(slow: Timing | None, fast: Timing) -> float | str:
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:
-    """Returns the precisions that pay on `device`."""
+    """Returns the precisions that are fast on `device`."""
     return ("fp32", "bf16") if computes_in_bfloat16(device) else ("fp32",)
 
 
@@ -409,7 +409,7 @@ def parse_arguments() -> argparse.Namespace:
         "--max_seconds",
         type=positive,
         metavar="N",
-        help="fewer turns, at least one, where the turns of a row take longer "
+        help="seconds after which a row of the table gets no further turn "
         f"(default: {GPU_SECONDS} on GPUs, no limit on CPUs)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>")

@@ -1,9 +1,10 @@
 """HiFi-GAN's training step in textbook form: the oracle of the tests, the baseline of benchmark.py.
 
-Written from the paper and the public description of its loop: plain (k, 1) and strided grouped
-convolutions, the old weight and spectral norm with their key names, real and generated waveforms
-through each discriminator apart, and a generator step that also computes, and drops, the gradients
-of the discriminators' weights. Module names are those of jik876/hifi-gan's checkpoints.
+It follows the paper and the public description of the loop. The convolutions are plain: (k, 1), or
+strided and grouped. Weight norm and spectral norm are the old ones, with their key names. Real and
+generated waveforms pass through each discriminator separately. The generator step also computes the
+gradients of the discriminators' weights, which are dropped. Module names are those of
+jik876/hifi-gan's checkpoints.
 """
 
 import warnings
@@ -26,25 +27,25 @@ SCALE_LAYERS = [  # in, out, kernel, stride, groups
 
 
 def weight_norm(module: nn.Module) -> nn.Module:
-    """The old one, whose key names HiFi-GAN's files have; PyTorch warns that it is old."""
+    """Applies the old weight norm, whose key names HiFi-GAN's files have, without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return nn.utils.weight_norm(module)
 
 
 def remove_weight_norms(module: nn.Module) -> None:
-    """Takes the old weight norm off every layer that has it."""
+    """Removes the old weight norm from every layer that has it."""
     for each in module.modules():
         if hasattr(each, "weight_g"):
             nn.utils.remove_weight_norm(each)
 
 
 def misr_loop(misr, x):
-    """MISR as one would draw it: N convolutions and N calls of the block, one after the other."""
+    """Computes MISR as in its diagram, by N convolutions and N calls of the block."""
     N, C = misr.num_inputs, x.shape[1]
     weights, biases = misr.input_conv.weight.unsqueeze(2).split(C), misr.input_conv.bias.split(C)
-    picture = x.unsqueeze(2)  # of height 1: so that x stays in the layout it has
-    inputs = [F.conv2d(picture, *each).squeeze(2) for each in zip(weights, biases, strict=True)]
+    x = x.unsqueeze(2)  # a 2-D convolution of height 1 keeps the memory layout
+    inputs = [F.conv2d(x, *each).squeeze(2) for each in zip(weights, biases, strict=True)]
     branches = [misr.resblock(each) for each in inputs]
     if misr.output_conv is None:
         return sum(branches) / N
@@ -52,7 +53,7 @@ def misr_loop(misr, x):
 
 
 def scaled(channels: int, mult: float) -> int:
-    """The width of a discriminator layer; 1 is the waveform."""
+    """Returns the width of a discriminator layer; 1 channel is the waveform."""
     return channels if channels == 1 else max(16, round(channels * mult / 16) * 16)
 
 
@@ -94,7 +95,7 @@ class Scale(nn.Module):
 
 
 def run_layers(discriminator, x):
-    """(score [B, S], features) of one discriminator."""
+    """Returns (score [B, S], features) of one discriminator."""
     features = []
     for conv in discriminator.convs:
         x = F.leaky_relu(conv(x), 0.1)
@@ -105,7 +106,7 @@ def run_layers(discriminator, x):
 
 
 class MultiPeriod(nn.Module):
-    """HiFi-GAN's MPD, section 2.3: what each Period makes of real and fake, both [B, 1, N]."""
+    """HiFi-GAN's MPD, section 2.3: the outputs of each Period for real and fake, both [B, 1, N]."""
 
     def __init__(self, mult: float = 1.0):
         super().__init__()
@@ -116,7 +117,7 @@ class MultiPeriod(nn.Module):
 
 
 class MultiScale(nn.Module):
-    """HiFi-GAN's MSD: what each Scale makes of real and fake, each pooled once more."""
+    """HiFi-GAN's MSD: the outputs of each Scale for real and fake, which are pooled in between."""
 
     def __init__(self, mult: float = 1.0):
         super().__init__()
@@ -134,7 +135,7 @@ class MultiScale(nn.Module):
 
 
 def lsgan_discriminator(results):
-    """Sum over discriminators of E[(D(x) - 1)^2] + E[D(G(s))^2]."""
+    """Returns the sum over discriminators of E[(D(x) - 1)^2] + E[D(G(s))^2]."""
     return sum(
         torch.mean((1 - real_score) ** 2) + torch.mean(fake_score**2)
         for (real_score, _), (fake_score, _) in results
@@ -142,12 +143,12 @@ def lsgan_discriminator(results):
 
 
 def lsgan_generator(results):
-    """Sum over discriminators of E[(D(G(s)) - 1)^2]."""
+    """Returns the sum over discriminators of E[(D(G(s)) - 1)^2]."""
     return sum(torch.mean((1 - fake_score) ** 2) for _, (fake_score, _) in results)
 
 
 def feature_matching(results):
-    """Twice the sum over discriminators and layers of the mean L1 distance."""
+    """Returns twice the sum over discriminators and layers of the mean L1 distance."""
     return 2 * sum(
         torch.mean(torch.abs(real - fake))
         for (_, real_features), (_, fake_features) in results
@@ -156,7 +157,7 @@ def feature_matching(results):
 
 
 def textbook_step(generator, mpd, msd, optim_g, optim_d, log_mel, mel, wav):
-    """One update in HiFi-GAN's order; returns (discriminator loss, generator loss)."""
+    """Makes one update in HiFi-GAN's order; returns (discriminator loss, generator loss)."""
     wav_hat = generator(mel)
     mel_hat = log_mel(wav_hat.squeeze(1))
     optim_d.zero_grad()
@@ -197,7 +198,7 @@ class Block(nn.Module):
 
 
 class Block2(nn.Module):
-    """HiFi-GAN's ResBlock2, likewise."""
+    """HiFi-GAN's ResBlock2 with old weight norm; kernel k, dilations d."""
 
     def __init__(self, channels: int, k: int, dilations):
         super().__init__()

@@ -102,7 +102,7 @@ RUNTIMES = {
 
 
 def work(runtime: str, case: Case, clock: str, parent: Connection) -> None:
-    """Is a runtime's process: sends None when ready, or an error; then the seconds of each turn."""
+    """Runs a runtime in a process: sends None or an error, then the seconds of each turn."""
     read_clock = CLOCKS[clock]
     try:
         run = RUNTIMES[runtime](case)

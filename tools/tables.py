@@ -4,12 +4,13 @@ import math
 import platform
 import re
 import statistics
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from checkpoint import commit
 
 
 class MedianRange(NamedTuple):
@@ -35,13 +36,8 @@ def machine(device: torch.device) -> dict[str, str]:
     else:
         cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         name = f"{cpus[0] if cpus else platform.machine()}, {torch.get_num_threads()} threads"
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     versions = {"Python": platform.python_version(), "PyTorch": torch.__version__}
-    return {"device": f"{device.type}: {name}", **versions, "commit": commit}
+    return {"device": f"{device.type}: {name}", **versions, "commit": commit()}
 
 
 def print_table(rows: Iterable[Row]) -> list[Row]:

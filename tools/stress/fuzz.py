@@ -50,8 +50,8 @@ def damaged(raw: bytes, draw: random.Random) -> bytes:
     changed = bytearray(raw)
     for _ in range(draw.randint(1, 8)):
         near = draw.randrange(min(200, len(raw)))
-        place = draw.choice((near, -1 - near, draw.randrange(len(raw))))
-        changed[place] = draw.randrange(256)
+        position = draw.choice((near, -1 - near, draw.randrange(len(raw))))
+        changed[position] = draw.randrange(256)
     return bytes(changed)
 
 
@@ -188,7 +188,7 @@ def check_config(path: Path) -> None:
     wav = torch.zeros(h.batch_size, h.segment_size)
     try:
         log_mel = LogMelSpectrogram(h, h.fmax)
-    except UserError as error:  # it does not know the file
+    except UserError as error:  # its message does not contain the path
         raise UserError(f"{path}: {error}") from None
     with torch.no_grad():
         wav_hat = Generator(h)(log_mel(wav))
@@ -251,7 +251,7 @@ KINDS = {
         )
         for kind in SOUNDS
     },
-    "WAV header that lies": Kind("a.wav", wav_with_another_header, check_wav),
+    "WAV, wrong header": Kind("a.wav", wav_with_another_header, check_wav),
     "npy, damaged": Kind("a.npy", lambda draw: damaged(mel(), draw), check_mel),
     "npy, another header": Kind("a.npy", mel_with_another_header, check_mel),
     "checkpoint, damaged": Kind(

@@ -36,7 +36,7 @@ from utils import command_line
 from weights import load_checkpoint
 
 MOST_STEPS = 100_000
-CALLS = ((torch, "save"), (os, "fsync"), (os, "replace"))  # in a save, for do_ and g_ in turn
+CALLS = ((torch, "save"), (os, "fsync"), (os, "replace"))  # of a save, for do_ and then for g_
 NAMES = [f"{module.__name__}.{name}" for module, name in CALLS]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # The fork server imports these once; without it, every trainer would.
@@ -139,7 +139,7 @@ def wait_for(text: str, log: Path, process: BaseProcess) -> None:
 
 
 def child(arguments: list[str], log: Path, prepare: Callable[[], None] | None) -> None:
-    """Is the process that `start` starts."""
+    """Runs in the process that `start` starts."""
     os.setsid()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
