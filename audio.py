@@ -165,8 +165,11 @@ def _has_length(mp3: bytes) -> bool:
 
 
 def _check_peak(path: str | Path, channels: np.ndarray, wav: np.ndarray, min_peak: float) -> None:
-    """Raises SilenceError if the mix `wav` [N] of `channels` [N, C] is almost silent."""
-    peak, peak_before = np.abs(wav).max(initial=0), np.abs(channels).max(initial=0)
+    """Raises SilenceError if the mix `wav` [N] of `channels` [N, C] is almost silent.
+
+    Peaks are measured around the mean: a constant offset is no sound.
+    """
+    peak, peak_before = np.ptp(wav) / 2, np.ptp(channels, axis=0).max() / 2
     if peak >= min_peak:
         return
     if peak_before >= min_peak:
@@ -174,9 +177,12 @@ def _check_peak(path: str | Path, channels: np.ndarray, wav: np.ndarray, min_pea
             f"{path}: its {channels.shape[1]} channels cancel: a peak of {peak_before:.2g}, but of "
             f"{peak:.2g} after mixing to mono; expected at least {min_peak:g}: keep one channel"
         )
+    offset = wav.mean()
+    around = f" around a constant {offset:.2g}" if abs(offset) >= min_peak else ""
     raise SilenceError(
-        f"{path}: almost silent, a peak of {peak:.2g}; expected at least {min_peak:g} of full "
-        "scale: were its samples divided by their full scale twice, or stored with too many bits?"
+        f"{path}: almost silent, a peak of {peak:.2g}{around}; expected at least {min_peak:g} of "
+        "full scale: were its samples divided by their full scale twice, or stored with too many "
+        "bits?"
     )
 
 

@@ -62,7 +62,7 @@ def select_device(name: str) -> torch.device:
         return device
     if device.index is not None and world_size() > 1:
         raise UsageError(f"--device {name}: expected cuda, because each process has its own GPU")
-    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    index = device.index if device.index is not None else _number("LOCAL_RANK", default=0)
     if index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UsageError(
@@ -101,19 +101,27 @@ def speed_up_cpu() -> None:
 
 def rank() -> int:
     """Returns the number of this process among all machines' processes. Process 0 writes files."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", default=0)
 
 
 def world_size() -> int:
     """Returns the number of processes of this run, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", default=1)
+
+
+def _number(name: str, default: int) -> int:
+    """Returns a variable of torchrun. Raises UsageError if it is not a number."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name}={text}: expected a number, as torchrun sets it; or unset {name}")
+    return int(text)
 
 
 def check_environment(num_workers: int) -> None:
     """Checks torchrun's variables and the limit of open files, for `num_workers` data workers.
 
     Raises:
-        UsageError: only some of torchrun's variables are set, or they are no numbers.
+        UsageError: only some of torchrun's variables are set, or they are not usable numbers.
         UserError: the limit of open files is too low.
     """
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
@@ -123,9 +131,8 @@ def check_environment(num_workers: int) -> None:
             f"{given[0]}={os.environ[given[0]]} is set, but not {', '.join(missing)}: expected "
             f"all variables of torchrun or none; to train without torchrun, unset {given[0]}"
         )
-    for name in given:
-        if not os.environ[name].isdecimal():
-            raise UsageError(f"{name}={os.environ[name]}: expected a number, as torchrun sets it")
+    if rank() >= world_size():  # it would wait for the others in vain
+        raise UsageError(f"RANK={rank()}: expected less than WORLD_SIZE={world_size()}")
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = MIN_OPEN_FILES + OPEN_FILES_PER_WORKER * num_workers
     if limit < needed:
@@ -189,8 +196,8 @@ def joined_processes(device: torch.device) -> Iterator[None]:
     Raises:
         UserError: another process has ended or cannot be reached.
     """
-    init_processes(device)
     try:
+        init_processes(device)
         yield
     except UserError:
         leave_processes()  # every process raises one at the same point: see agree_on_error
@@ -212,7 +219,11 @@ def init_processes(device: torch.device) -> None:
     if world_size() == 1:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PROCESS_TIMEOUT)
+    try:
+        dist.init_process_group(backend, timeout=PROCESS_TIMEOUT)
+    except ValueError as error:  # of the variables of torchrun
+        address, port = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UsageError(f"MASTER_ADDR={address}, MASTER_PORT={port}: {error}") from None
 
 
 def leave_processes() -> None:

@@ -37,6 +37,7 @@ CHECKED_FRAMES = 32  # at the start of a pipe; fewer frames of a good mel can lo
 # The mean difference of neighbouring frames, relative to that of neighbouring bands, is about 1 in
 # a mel and several times larger in a transposed one.
 MAX_FRAME_TO_BAND_RATIO = 2.5
+MAX_VALUE = 1000.0  # of a mel in any scale, dB for example; beyond it, the bytes are not float32
 
 
 def read_mel(path: Path, num_mels: int) -> Mel:
@@ -82,8 +83,8 @@ def read_frames(source: BinaryIO, num_mels: int, max_frames: int) -> Iterator[np
     """Yields the frames [num_mels, n] that have arrived, at most `max_frames` at a time.
 
     Raises:
-        UserError: a .npy file, no frame, NaN or infinity, or an end within a frame; frames before
-            it have been yielded.
+        UserError: a .npy file, no frame, a value that no mel has, or an end within a frame; frames
+            before it have been yielded.
     """
     size, rest, count = num_mels * 4, b"", 0
     while data := source.read1(max_frames * size):
@@ -96,12 +97,16 @@ def read_frames(source: BinaryIO, num_mels: int, max_frames: int) -> Iterator[np
         frames = len(data) // size
         rest = data[frames * size :]
         mel = np.frombuffer(data, "<f4", frames * num_mels).reshape(frames, num_mels).T
-        finite = np.isfinite(mel).all(axis=0)
-        good = frames if finite.all() else int(finite.argmin())
+        is_good = (np.abs(mel) <= MAX_VALUE).all(axis=0)  # False for NaN
+        good = frames if is_good.all() else int(is_good.argmin())
         count += good
         yield mel[:, :good]
         if good < frames:
-            raise UserError(f"standard input: NaN or infinity after frame {count}; is it float32?")
+            worst = np.abs(mel[:, good]).max()
+            raise UserError(
+                f"standard input: a value of {worst:.2g} after frame {count}; expected log-mels in "
+                "float32, little-endian"
+            )
     if rest or not count:
         raise UserError(
             f"standard input: {count} frames and {len(rest)} bytes; expected frames of {num_mels} "

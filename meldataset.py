@@ -269,7 +269,7 @@ def _missing_clip(
             f"{wavs_dir}: no such folder; expected the audio files of {file_list}: give "
             "--input_wavs_dir"
         )
-    if any(separator in clip_id for separator in "\t,;\0"):
+    if any(separator in clip_id for separator in '\t,; {"\0'):
         return UserError(
             f"{file_list}: line {number}: no audio file for the id {clip_id[:80]!r} in {wavs_dir}; "
             "expected lines of id|text in UTF-8"

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from distributed import computes_in_bfloat16, rank
-from env import UserError, one_line
+from env import UsageError, UserError, one_line
 
 # ------------------------------------------------------------------------------- the command line
 
@@ -145,9 +145,25 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {' '.join(map(str, default))})"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the arguments that belong to no flag."""
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As in argparse. Raises UsageError for a second value, such as a second file of g_*."""
+        known, others = super().parse_known_args(args, namespace)
+        if others and not others[0].startswith("-"):
+            raise UsageError(
+                f"{' '.join(others)}: belongs to no flag, for most flags take one value; does a "
+                "pattern such as g_* match several files? Name one file"
+            )
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return known
+
+
 def command_parser(description: str, example: str) -> argparse.ArgumentParser:
     """Returns a parser whose --help lists defaults and ends with the command line `example`."""
-    return argparse.ArgumentParser(
+    return _Parser(
         description=description, epilog=f"example:\n  {example}", formatter_class=_HelpFormatter
     )
 

@@ -174,15 +174,32 @@ def load_checkpoint(path: str | Path) -> dict:
                 "weights alone"
             ) from None
         is_archive = "PytorchStreamReader" in str(error)  # its messages are short and clear
-        reason = str(error) if is_archive else "not written by PyTorch, or damaged"
+        reason = str(error) if is_archive else _kind_of_file(path)
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path}: not a checkpoint; expected a dictionary, as HiFi-GAN saves")
     return contents
 
 
+def _kind_of_file(path: str | Path) -> str:
+    """Says what a file is that torch.load cannot read."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        return "an empty file"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS; run `git lfs pull`"
+    if head.lstrip().startswith(b"<"):
+        return "a web page; download the file itself"
+    if head.startswith((b"PK", b"\x1f\x8b")):
+        return "an archive of another kind; name a g_* file out of it"
+    if head[8:9] == b"{":
+        return "of safetensors; write it by torch.save(safetensors.torch.load_file(...), ...)"
+    return "not written by PyTorch, or damaged"
+
+
 def generator_weights(contents: dict, path: str | Path) -> dict[str, torch.Tensor]:
-    """Returns the generator's weights in a checkpoint, without the dictionaries around them.
+    """Returns the generator's weights in a checkpoint, without dictionaries and prefixes.
 
     Raises:
         UserError: there is no generator; the message names the keys that there are.
@@ -197,7 +214,8 @@ def generator_weights(contents: dict, path: str | Path) -> dict[str, torch.Tenso
         if "optim_g" in contents:
             hint = "take the g_* file beside it"
         raise UserError(f"{path}: holds no generator; {hint}")
-    return found
+    prefix = next(key.partition("conv_pre.")[0] for key in found if "conv_pre." in key)
+    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
 
 
 def load_weights(module: nn.Module, weights: dict, path: str | Path) -> None:
@@ -210,6 +228,8 @@ def load_weights(module: nn.Module, weights: dict, path: str | Path) -> None:
         module.load_state_dict(to_native_names(weights, module))
     except (RuntimeError, TypeError, AttributeError) as error:
         detail = (str(error).splitlines()[1:] or [str(error)])[0].strip()
+        first, *others = detail.split('", "')
+        detail = f'{first}" and {len(others)} more' if others else first
         raise UserError(f"{path}: does not fit the config: {detail}") from None
 
 

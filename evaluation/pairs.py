@@ -166,7 +166,9 @@ def _by_name(folder: Path, given: set[Path]) -> dict[str, Path]:
             continue
         name = composed(path.relative_to(folder).with_suffix("").as_posix())
         if name in files:
-            raise UserError(f"{files[name]} and {path} have one name; keep one")
+            is_same = files[name].with_suffix("") == path.with_suffix("")
+            form = "" if is_same else ", with composed and decomposed accents (NFC, NFD)"
+            raise UserError(f"{files[name]} and {path} have one name{form}; keep one")
         files[name] = path
     return files
 

@@ -192,13 +192,20 @@ def write_cancelling(path: Path) -> None:
 
 SILENT_WAVS = {
     "zeros": (samples_of(0.0), "almost silent, a peak of 0; expected at least 0.001"),
-    "cancelling": (write_cancelling, "its 2 channels cancel: a peak of 0.5, but of 1.5e-05"),
+    "cancelling": (write_cancelling, "its 2 channels cancel: a peak of 0.5, but of 7.6e-06"),
     "int16 in PCM_32": (
         lambda path: soundfile.write(path, (noise(999) * 32767).astype(np.int32), RATE, "PCM_32"),
         "almost silent, a peak of 7.6e-06",
     ),
-    "divided twice": (samples_of(0.5 / 32768), "almost silent, a peak of 1.5e-05"),
-    "resampled": (samples_of(0.0009, rate=48000), "almost silent, a peak of 0.0009"),
+    "divided twice": (samples_of(0.5 / 32768, -0.5 / 32768), "almost silent, a peak of 1.5e-05"),
+    "resampled": (
+        samples_of(*[0.0009] * 50, *[-0.0009] * 50, rate=48000),
+        "almost silent, a peak of 0.0009",
+    ),
+    "offset": (
+        samples_of(0.4, 0.40004),
+        "almost silent, a peak of 2e-05 around a constant 0.4; expected at least 0.001",
+    ),
 }
 
 
@@ -250,7 +257,7 @@ def test_a_truncated_flac_is_refused(tmp_path):
 def test_a_wav_of_open_length_is_read_whole(tmp_path, capsys, offset):
     """Programs that stream write such wavs."""
     path = tmp_path / "a.wav"
-    write_pcm(path, np.full((2205, 1), 1000), 2)
+    write_pcm(path, np.resize([1000, -1000], (2205, 1)), 2)
     raw = bytearray(path.read_bytes())
     raw[offset : offset + 4] = b"\xff" * 4
     path.write_bytes(raw)
@@ -260,7 +267,7 @@ def test_a_wav_of_open_length_is_read_whole(tmp_path, capsys, offset):
 
 def test_names_that_are_not_utf_8_are_read(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.wav")
-    samples_of(0.5)(tmp_path / "a.wav")
+    samples_of(0.5, -0.5)(tmp_path / "a.wav")
     (tmp_path / "a.wav").rename(path)
     assert audio_seconds(path) == pytest.approx(1000 / RATE)
     assert len(load_wav(path, RATE)) == 1000

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -311,6 +312,26 @@ def test_a_batch_that_does_not_divide_is_refused(runs, tmp_path, monkeypatch):
     with pytest.raises(env.UserError, match="batch_size = 2: expected a multiple of 3"):
         runs.one(tmp_path / "cp", 1)
     assert not (tmp_path / "cp").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("port must have value"), "MASTER_ADDR=host, MASTER_PORT=99999: port must"),
+        (torch.distributed.DistNetworkError("timed out"), "another process of the run .* reached"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_one_line(monkeypatch, error, said):
+    variables = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "host", "MASTER_PORT": 99999}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    init = Mock(side_effect=error)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with (
+        pytest.raises(env.UserError, match=said),
+        distributed.joined_processes(torch.device("cpu")),
+    ):
+        raise AssertionError
 
 
 def test_an_unusable_clip_ends_all_in_one_line(runs, corpus, tmp_path):

@@ -108,7 +108,12 @@ def test_a_folder_inside_the_other_is_not_part_of_it(tmp_path, inner, outer):
         (["a.wav"], ["b.wav", "a.txt"], "no audio file is named as one in"),
         (["a.wav"], ["s/a.wav"], "<name>_generated in the same subfolder"),
         (["a.wav"], ["a.wav", "a_generated.wav"], "are both named after"),
-        (["a.wav", "a.flac"], ["a.wav"], "have one name"),
+        (["a.wav", "a.flac"], ["a.wav"], "have one name; keep one"),
+        (
+            ["\u00fc.wav", "u\u0308.wav"],
+            ["a.wav"],
+            r"have one name, with .* \(NFC, NFD\); keep one",
+        ),
     ],
 )
 def test_files_that_cannot_be_paired_are_an_error(

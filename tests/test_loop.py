@@ -490,6 +490,11 @@ def test_too_few_open_files_are_one_line_that_names_the_limit(run):
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but not RANK, MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "1"}, "RANK=1 is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: expected a number, as torchrun sets it"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+            "RANK=2: expected less than WORLD_SIZE=2",
+        ),
     ],
 )
 def test_left_over_variables_of_torchrun_are_named(run, monkeypatch, variables, message):

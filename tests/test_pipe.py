@@ -18,7 +18,7 @@ from inference import Streamer, load_generator, synthesize
 from inference_e2e import checked, read_frames, vocode_pipe
 from meldataset import LogMelSpectrogram
 from tests.conftest import new_checkpoint, random_mel
-from tools.toy import ROOT
+from tools.toy import ROOT, speech_like
 
 HEADER = 44  # bytes
 FRAMES = 60
@@ -124,10 +124,12 @@ def npy(mel: torch.Tensor) -> bytes:
     ("data", "message", "frames"),
     [
         (b"", "0 frames and 0 bytes; expected frames of 80 float32 values", 0),
-        (as_bytes(torch.tensor([[0.0, np.nan]]).expand(80, 2)), "NaN or infinity after frame 1", 1),
+        (as_bytes(torch.tensor([[0.0, np.nan]]).expand(80, 2)), "a value of nan after frame 1", 1),
+        (speech_like(1).astype(">f4").tobytes(), "expected log-mels in float32, little-endian", 0),
+        (np.full((9, 80), -5.1).tobytes(), "after frame 0; expected log-mels in float32", 0),
         (npy(torch.zeros(80, 5)), "a .npy file; expected raw float32 frames", 0),
     ],
-    ids=["nothing", "NaN", "npy"],
+    ids=["nothing", "NaN", "big-endian", "float64", "npy"],
 )
 def test_other_data_is_refused_after_the_sound_of_the_frames_before_it(
     checkpoint, data, message, frames

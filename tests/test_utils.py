@@ -22,7 +22,7 @@ import torch
 
 import utils
 from audio import write_npy, write_wav
-from env import UserError
+from env import UsageError, UserError
 from tools.toy import ROOT
 from utils import (
     FileProgress,
@@ -30,6 +30,7 @@ from utils import (
     atomic_write,
     boolean,
     command_line,
+    command_parser,
     composed,
     find_file,
     find_files,
@@ -496,3 +497,13 @@ def test_a_numba_cache_is_temporary_without_a_home_and_the_users_own_is_kept(
     monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/file")
     with pytest.raises(UserError, match=r"no folder for numba's cache .*; set NUMBA_CACHE_DIR"):
         numba_folder(HOME="/dev/null")
+
+
+@pytest.mark.parametrize("others", [["cp/g_2"], ["cp/g_2", "--device", "cpu"]])
+def test_a_second_value_is_refused_with_the_cure(others):
+    """The shell expands `--checkpoint_file cp/g_*`, if two files match."""
+    parser = command_parser("", example="")
+    parser.add_argument("--checkpoint_file")
+    parser.add_argument("--device")
+    with pytest.raises(UsageError, match=r"^cp/g_2: .* match several files\? Name one file$"):
+        parser.parse_args(["--checkpoint_file", "cp/g_1", *others])

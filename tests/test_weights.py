@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,7 @@ CONTAINERS = {
     "ema": lambda w: {"ema": prefixed("net_g.", w)},
     "model.generator": lambda w: {"model": {"generator": w, "discriminator": OTHERS}},
     "three prefixes": lambda w: {"model": prefixed("generator.module._orig_mod.", w)},
+    "of a model of speech": lambda w: prefixed("model.vocoder.", w) | OTHERS,
     "beside others": lambda w: {"state_dict": prefixed("generator.", w) | OTHERS},
 }
 
@@ -155,6 +157,35 @@ def test_a_file_without_a_generator_is_refused_and_its_keys_are_named(contents, 
     with pytest.raises(UserError, match=r"^a\.pth: holds no generator; ") as error:
         generator_weights(contents, "a.pth")
     assert str(error.value).endswith(said)
+
+
+FOREIGN_FILES = {
+    "empty": (b"", "an empty file"),
+    "LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid",
+        "a pointer of Git LFS; run `git lfs pull`",
+    ),
+    "page": (b"\n<!DOCTYPE html><html>", "a web page; download the file itself"),
+    "tar.gz": (b"\x1f\x8b\x08\0", "an archive of another kind; name a g_* file out of it"),
+    "safetensors": (b"\x10" + bytes(7) + b'{"conv_pre.bias"', "of safetensors; write it by torch"),
+}
+
+
+@pytest.mark.parametrize(("contents", "said"), FOREIGN_FILES.values(), ids=FOREIGN_FILES)
+def test_a_file_of_another_kind_is_refused_with_the_cure(tmp_path, contents, said):
+    (tmp_path / "a.pth").write_bytes(contents)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(tmp_path / "a.pth")
+    assert f"a.pth: not a readable checkpoint ({said}" in str(error.value)
+
+
+def test_weights_of_another_model_name_one_layer_that_is_missing(tmp_path):
+    weights = {"conv_pre.bias": torch.zeros(3)}
+    with pytest.raises(UserError) as error:
+        load_weights(Generator(toy_config(tmp_path)), weights, "a.pth")
+    assert re.search(
+        r'^a\.pth: does not fit .* state_dict: "[^"]*" and \d+ more$', str(error.value)
+    )
 
 
 @pytest.mark.parametrize("config", ["config_v2.json", MRF_CONFIG, "configs/istft_v2.json"])
