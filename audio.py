@@ -7,7 +7,7 @@ import wave
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import soundfile
@@ -16,6 +16,9 @@ import torch
 
 from env import UserError, one_line
 from utils import atomic_write, say
+
+if TYPE_CHECKING:
+    from meldataset import LogMelSpectrogram
 
 # Formats that libsndfile reads, by extension. The first file that exists is taken for an id.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
@@ -35,10 +38,11 @@ OPEN_LENGTH = 2**31 - 1  # bytes; programs that stream write such a length or a 
 # or pink noise at a signal-to-noise ratio of 10 or 0 dB, the minimum is below -3.7. The median
 # absolute step from frame to frame is then at least 0.19, and at least 0.183 of the standard
 # deviation. 98% of log10 mels violate these limits.
-LOG_MEL_FLOORS = (-12.0, -6.5)  # range of the minimum of clean speech
+MAX_FLOOR = -6.5  # of the minimum of clean speech
 NOISY_FLOOR = -3.0
 NOISY_STEP, NOISY_RELATIVE_STEP = 0.18, 0.18
-MAX_LOG_MEL = 4.0
+LOUD, MAX_LOG_MEL = 2.0, 4.0
+BELOW_SILENCE = 0.5  # values may be lower than that of silence by so much
 
 
 class SilenceError(UserError):
@@ -281,38 +285,45 @@ def load_mel(path: str | Path, num_mels: int) -> torch.Tensor:
     return mel
 
 
-def mel_warning(mel: torch.Tensor) -> str | None:
-    """Returns why a mel [num_mels, T] does not look like HiFi-GAN's log-mel of speech, or None.
+def mel_warning(mel: torch.Tensor, log_mel: "LogMelSpectrogram") -> str | None:
+    """Returns why a mel [num_mels, T] does not look like speech with its settings, or None.
 
     Mels with other settings have another logarithm, floor or scale. Mels cut from a batch may end
     in padding.
     """
-    low, high = float(mel.min()), float(mel.max())
-    is_speech = LOG_MEL_FLOORS[0] < low < LOG_MEL_FLOORS[1] or _is_noisy_speech(mel, low)
-    if not is_speech or high > MAX_LOG_MEL:
+    h, silence = log_mel.h, log_mel.h.silent_log_mel
+    scaled = log_mel.to_hifigan(mel)
+    is_speech = scaled.min() < MAX_FLOOR or _is_noisy_speech(scaled)
+    is_below = (float(mel.min()) - silence) * h.log_amplitude_scale < -BELOW_SILENCE
+    if is_below or not is_speech or scaled.max() > MAX_LOG_MEL:
+        logarithms = "natural" if h.mel_log_base is None else f"base-{h.mel_log_base:g}"
+        of_what = "amplitudes" if h.mel_power == 1 else "powers"
         return (
-            f"values from {low:.3g} to {high:.3g}; expected natural logarithms of amplitudes, from "
-            "about -11.5 to 2: was it computed with the config's settings?"
+            f"values from {mel.min():.3g} to {mel.max():.3g}; expected {logarithms} logarithms of "
+            f"{of_what}, from about {silence:.1f} to {log_mel.from_hifigan(LOUD):.2g}: was it "
+            "computed with the config's settings?"
         )
     if zeros := int((mel == 0).all(0).flip(0).long().cumprod(0).sum()):
-        return f"ends in {zeros} frames of zeros, which are loud: silence is -11.5"
+        return f"ends in {zeros} frames of zeros, which are loud: silence is {silence:.1f}"
     return None
 
 
-def _is_noisy_speech(mel: torch.Tensor, low: float) -> bool:
+def _is_noisy_speech(mel: torch.Tensor) -> bool:
     """Returns whether a mel with a high floor changes from frame to frame as noise does."""
-    if low < LOG_MEL_FLOORS[0] or low > NOISY_FLOOR or mel.shape[1] < 2:
+    if mel.min() > NOISY_FLOOR or mel.shape[1] < 2:
         return False
     step = float(mel.diff(dim=1).abs().median())
     return step > max(NOISY_STEP, NOISY_RELATIVE_STEP * float(mel.std()))
 
 
-def say_mel_warnings(mels: Iterable[tuple[Path, torch.Tensor]]) -> None:
+def say_mel_warnings(
+    mels: Iterable[tuple[Path, torch.Tensor]], log_mel: "LogMelSpectrogram"
+) -> None:
     """Prints one line if `mel_warning` applies to any of `mels`, pairs of a path and a mel.
 
     The line names the first such file, the reason, and how many of the mels are such.
     """
-    reasons = [(path, mel_warning(mel)) for path, mel in mels]
+    reasons = [(path, mel_warning(mel, log_mel)) for path, mel in mels]
     warnings = [f"{path}: {reason}" for path, reason in reasons if reason]
     if warnings:
         say(one_line(f"{warnings[0]} ({len(warnings)} of {len(reasons)} mels look wrong)"))

@@ -25,7 +25,7 @@ from torch import nn
 from distributed import as_ddp, max_over_processes, raise_on_all_ranks, rank
 from env import Config, UserError, load_config
 from losses import LOSSES, GeneratorWithSource, MelLoss, SourceLoss
-from meldataset import LogMelSpectrogram
+from meldataset import LogMelSpectrogram, hifigan_recipe
 from models import Discriminators, Generator
 from muon import MUON_LR_SCALE, Muon
 from utils import WriteError, atomic_write, remove_temporary_files, say
@@ -134,7 +134,7 @@ def build_state(h: Config, device: torch.device, precision: str = "fp32") -> Sta
         optim_d=optim_d,
         mel_loss=MelLoss(h).to(device),
         source_loss=SourceLoss(h).to(device) if h.is_frame_rate else None,
-        mel_for_loss=LogMelSpectrogram(h, h.fmax_for_loss).to(device),
+        mel_for_loss=LogMelSpectrogram(hifigan_recipe(h), h.fmax_for_loss).to(device),
         ddp_generator=GeneratorWithSource(generator) if h.is_frame_rate else generator,
         ddp_discriminators=discriminators,
         first_bad_step=torch.tensor(NEVER, device=device),

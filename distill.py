@@ -46,7 +46,7 @@ from env import Config, UserError
 from harmonic import random_phase_state
 from inference import load_generator, to_inference
 from losses import LOSSES, Loss, MelLoss
-from meldataset import SILENT_LOG_MEL
+from meldataset import MEL_KEYS
 from models import LRELU_SLOPE, Generator, fuse
 from monitor import describe
 from muon import MUON_LR_SCALE, Muon
@@ -73,8 +73,7 @@ FRAME_RATE_LOSSES = (
 WEIGHTS = {"gen_loss_mel": 0.3, "f0": 2.0, "aperiodicity": 2.0}  # 1 for other losses
 OUTER_LAYERS = ("conv_pre", "ups", "conv_post")
 
-# Keys in which teacher and student must agree; those of widths for training stage by stage.
-MEL_KEYS = ("num_mels", "n_fft", "hop_size", "win_size", "sampling_rate", "fmin", "fmax")
+# Keys in which teacher and student must agree beside MEL_KEYS, for training stage by stage.
 WIDTH_KEYS = (
     *("upsample_rates", "upsample_kernel_sizes", "upsample_initial_channel"),
     *("gen_istft_n_fft", "gen_istft_hop_size"),
@@ -321,8 +320,8 @@ def at_other_levels(mel: torch.Tensor, state: State) -> torch.Tensor:
     # Drawn for the clips of all processes, so that their number does not matter.
     gain, choice = torch.rand(2, len(mel) * world_size(), 1, 1, generator=random).to(mel.device)
     gain, choice = (x[rank() :: world_size()] for x in (gain, choice))
-    gain = torch.where(choice < 0.5, MIN_LOG_GAIN * gain, 0.0)
-    return (mel + gain).clamp(min=SILENT_LOG_MEL)
+    gain = torch.where(choice < 0.5, MIN_LOG_GAIN * gain, 0.0) / state.h.log_amplitude_scale
+    return (mel + gain).clamp(min=state.h.silent_log_mel)
 
 
 # ------------------------------------------------------------------------------------------- main

@@ -96,6 +96,14 @@ class Config:
     fmin: float
     fmax: float | None  # None: half of sampling_rate
     fmax_for_loss: float | None  # None: half of sampling_rate
+    # The recipe of the generator's mel; the defaults are HiFi-GAN's
+    mel_scale: str = "slaney"  # or "htk"
+    mel_norm: str | None = "slaney"  # triangles of equal area; None: of equal height
+    mel_power: float = 1.0  # of the STFT magnitudes: 1 or 2
+    mel_log_base: float | None = None  # None: natural logarithm; or 10
+    mel_floor: float = 1e-5  # of the mel before the logarithm
+    stft_epsilon: float = 1e-9  # added to the squared STFT magnitudes
+    mel_center: bool = False  # True: frame t is centred on sample t * hop_size
 
     # Training
     optimizer: str = "adamw"  # of the generator: "adamw" or "muon"
@@ -132,6 +140,25 @@ class Config:
     def uses_istft(self) -> bool:
         """True for a generator with iSTFTNet's head."""
         return self.gen_istft_n_fft is not None
+
+    @property
+    def log_amplitude_scale(self) -> float:
+        """The factor that turns the mel into natural logarithms of amplitudes."""
+        return math.log(self.mel_log_base or math.e) / self.mel_power
+
+    @property
+    def silent_log_mel(self) -> float:
+        """The lowest value of the mel, which is that of silence."""
+        return math.log(self.mel_floor) / math.log(self.mel_log_base or math.e)
+
+    @property
+    def lead(self) -> int:
+        """The number of samples of the generator's output before the first of the waveform.
+
+        The generator's frames are centred on the middle of a hop. Frames that are centred on the
+        start of a hop are the same frames of a waveform that starts half a hop earlier.
+        """
+        return self.hop_size // 2 if self.mel_center else 0
 
 
 # ------------------------------------------------------------------------------------ JSON files
@@ -232,7 +259,8 @@ def _in_words(kind: type | types.UnionType) -> str:
         return " or ".join(_in_words(each) for each in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return "a list, each " + _in_words(typing.get_args(kind)[0])
-    return {str: "a string", int: "an integer", float: "a number", type(None): "null"}[kind]
+    words = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    return (words | {type(None): "null"})[kind]
 
 
 def _frozen(value: object) -> object:
@@ -290,6 +318,12 @@ def _audio_checks(h: Config) -> Checks:
         fmax = getattr(h, key)
         yield fmax is None or h.fmin < fmax <= nyquist, key, expected
     yield h.num_mels <= h.n_fft, "num_mels", f"at most n_fft, {h.n_fft}"
+    yield h.mel_scale in ("slaney", "htk"), "mel_scale", '"slaney" or "htk"'
+    yield h.mel_norm in ("slaney", None), "mel_norm", '"slaney" or null'
+    yield h.mel_power in (1, 2), "mel_power", "1 or 2"
+    yield h.mel_log_base in (None, 10), "mel_log_base", "null (natural logarithm) or 10"
+    yield h.mel_floor > 0, "mel_floor", "more than 0"
+    yield h.stft_epsilon >= 0, "stft_epsilon", "0 or more"
 
 
 def _loss_checks(h: Config) -> Checks:

@@ -21,7 +21,7 @@ import torch
 from env import Config, UserError
 from harmonic import HarmonicNoiseHead
 from inference import load_generator
-from meldataset import SILENT_LOG_MEL, LogMelSpectrogram
+from meldataset import MEL_KEYS, SILENT_LOG_MEL, LogMelSpectrogram
 from models import Generator
 from onnx_graph import GraphGenerator
 from onnx_storage import compact
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 OPSET = 18
 
-METADATA_KEYS = ("sampling_rate", "hop_size", "num_mels", "n_fft", "win_size", "fmin", "fmax")
-MEL_RECIPE = "natural log of at least 1e-5 of Slaney mel bands of STFT magnitudes, as HiFi-GAN"
+METADATA_KEYS = MEL_KEYS
+MEL_RECIPE = "logarithm of mel bands of an STFT, with the settings in the other entries"
 MODEL_TYPE = "hifigan"  # by which sherpa-onnx recognises a vocoder from log-mel to waveform
 
 # The largest differences that the check of a file allows.

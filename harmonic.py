@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from env import Config
-from meldataset import MIN_MAGNITUDE, SILENT_LOG_MEL, LogMelSpectrogram
+from meldataset import LogMelSpectrogram
 from pitch import F0_RANGE
 
 F0_CANDIDATES = 64  # the predicted log F0 is their mean, weighted by a softmax
@@ -95,6 +95,8 @@ class HarmonicNoiseHead(nn.Module):
         self.refiner = Refiner(h)
         self.griffin_lim_steps = h.griffin_lim_steps
         self.hop_size = h.hop_size
+        self.mel_power, self.mel_floor = h.mel_power, h.mel_floor
+        self.min_log_mel, self.log_amplitude_scale = h.silent_log_mel, h.log_amplitude_scale
         bins = h.n_fft // 2 + 1
         # Of x: magnitude correction, aperiodicity, F0, conditioning.
         self.splits = (bins, bins, F0_CANDIDATES, COND_CHANNELS * self.refiner.patches)
@@ -157,7 +159,8 @@ class HarmonicNoiseHead(nn.Module):
         """
         correction, _, _, conditioning = self._split(x)
         with _full_precision(x):
-            mel = mel.clamp(min=SILENT_LOG_MEL).to(x.dtype).transpose(1, 2)
+            mel = self.log_amplitude_scale * mel.clamp(min=self.min_log_mel)
+            mel = mel.to(x.dtype).transpose(1, 2)
             aperiodicity = excitation.aperiodicity.detach()
             spectrum = (1 - aperiodicity.square()).sqrt() * excitation.pulses
             spectrum = spectrum + aperiodicity * excitation.noise
@@ -181,10 +184,11 @@ class HarmonicNoiseHead(nn.Module):
     def match_levels(self, magnitude: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
         """Returns the log gain [B, T, bins] from magnitudes [B, T, bins] to the levels of the mel.
 
-        In each mel band, the gain is the difference between mel [B, T, num_mels] and the log-mel of
-        the magnitudes.
+        In each mel band, the gain is the difference between mel [B, T, num_mels], in natural
+        logarithms of amplitudes, and the mel of the magnitudes.
         """
-        log_mel = (magnitude @ self.filterbank).clamp(min=MIN_MAGNITUDE).log()
+        bands = (magnitude if self.mel_power == 1 else magnitude.square()) @ self.filterbank
+        log_mel = bands.clamp(min=self.mel_floor).log() / self.mel_power
         return (mel - log_mel) @ self.mel_to_bins
 
     def griffin_lim(self, spectrum: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:

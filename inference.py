@@ -27,7 +27,7 @@ from tqdm import tqdm
 from audio import AUDIO_EXTENSIONS, load_wav, write_wav, writing_wav
 from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
-from meldataset import SILENT_LOG_MEL, LogMelSpectrogram, mel_of_stretch
+from meldataset import LogMelSpectrogram, mel_of_stretch
 from models import Generator
 from streaming import Streamer, as_mel
 from utils import (
@@ -110,8 +110,10 @@ def to_inference(generator: Generator, device: torch.device, precision: str) -> 
 def synthesize(generator: Generator, mel: torch.Tensor, chunk_frames: int = 0) -> torch.Tensor:
     """Returns the waveform [T * hop_size] of a log-mel [num_mels, T] or [1, num_mels, T].
 
-    The samples are in [-1, 1] with a tanh head; other heads may exceed it slightly. With
-    `chunk_frames`, so many frames are computed at a time: the same samples in less memory.
+    With `mel_center`, the waveform starts at the centre of the first frame, so that it is half a
+    hop shorter, here and in all functions of this file. The samples are in [-1, 1] with a tanh
+    head; other heads may exceed it slightly. With `chunk_frames`, so many frames are computed at a
+    time: the same samples in less memory.
 
     Raises:
         TypeError, ValueError: as `stream`.
@@ -147,7 +149,8 @@ def _chunks(generator: Generator, mel: Mel, chunk_frames: int) -> Iterator[torch
         piece = mel.part(begin, min(mel.frames, stop + after))
         next_begin = max(0, stop - before)
         wav, next_state = _vocode(generator, piece, state, stop - begin, next_begin - begin)
-        yield wav[(first - begin) * generator.hop_size : (stop - begin) * generator.hop_size]
+        start = (first - begin) * generator.hop_size if first else generator.lead
+        yield wav[start : (stop - begin) * generator.hop_size]
         begin, state = next_begin, next_state
 
 
@@ -169,9 +172,11 @@ def synthesize_batch(generator: Generator, mels: list[torch.Tensor]) -> list[tor
     shorter mels are padded with silence.
     """
     longest = max(mel.shape[1] for mel in mels)
-    padded = [F.pad(mel, (0, longest - mel.shape[1]), value=SILENT_LOG_MEL) for mel in mels]
+    silence, hop_size = generator.silent_log_mel, generator.hop_size
+    padded = [F.pad(mel, (0, longest - mel.shape[1]), value=silence) for mel in mels]
     wavs = generator(torch.stack(padded).to(generator.conv_post.bias.device)).squeeze(1)
-    return [wav[: mel.shape[1] * generator.hop_size] for wav, mel in zip(wavs, mels, strict=True)]
+    pairs = zip(wavs, mels, strict=True)
+    return [wav[generator.lead : mel.shape[1] * hop_size] for wav, mel in pairs]
 
 
 def add_arguments(
@@ -276,7 +281,7 @@ def vocode_batch(
 def read_wav_mel(path: Path, h: Config, log_mel: LogMelSpectrogram) -> Mel:
     """Returns the mel of an audio file at its own level; raises UserError as `load_wav` does."""
     wav = load_wav(path, h.sampling_rate, min_samples=h.hop_size)
-    return Mel(len(wav) // h.hop_size, partial(mel_of_stretch, log_mel, wav))
+    return Mel(log_mel.frames(len(wav)), partial(mel_of_stretch, log_mel, wav))
 
 
 def start(a: argparse.Namespace) -> tuple[Generator, Config]:

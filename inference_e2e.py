@@ -27,6 +27,7 @@ import torch
 from audio import load_mel, mel_warning, say_mel_warnings, to_pcm16
 from env import UsageError, UserError
 from inference import Mel, Streamer, add_arguments, start, vocode_files
+from meldataset import LogMelSpectrogram
 from utils import command_line, command_parser, plan_outputs, say
 
 MAX_PIPE_FRAMES = 1024  # at once, if --chunk_frames is 0
@@ -66,7 +67,7 @@ def finite_pcm16(wav: torch.Tensor) -> bytes:
     return to_pcm16(wav)
 
 
-def pipe_warning(mel: torch.Tensor) -> str | None:
+def pipe_warning(mel: torch.Tensor, log_mel: LogMelSpectrogram) -> str | None:
     """Returns why the first frames of a pipe [num_mels, T] do not look like log-mels, or None."""
     if mel.shape[1] > 1:
         frame_step, band_step = (mel.diff(dim=dim).abs().mean() for dim in (1, 0))
@@ -75,7 +76,7 @@ def pipe_warning(mel: torch.Tensor) -> str | None:
                 "neighbouring frames differ more than neighbouring bands; expected frame after "
                 "frame: send mel.T, not mel [num_mels, T]"
             )
-    return mel_warning(mel)
+    return mel_warning(mel, log_mel)
 
 
 def read_frames(source: BinaryIO, num_mels: int, max_frames: int) -> Iterator[np.ndarray]:
@@ -113,7 +114,7 @@ def read_frames(source: BinaryIO, num_mels: int, max_frames: int) -> Iterator[np
         )
 
 
-def checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def checked(frames: Iterable[np.ndarray], log_mel: LogMelSpectrogram) -> Iterator[np.ndarray]:
     """Passes frames [num_mels, n] on; prints a warning if the first CHECKED_FRAMES look wrong."""
     first, is_checked = [], False
     for mel in frames:
@@ -121,13 +122,14 @@ def checked(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
             first.append(mel)
             if sum(piece.shape[1] for piece in first) >= CHECKED_FRAMES:
                 is_checked = True
-                if reason := pipe_warning(torch.from_numpy(np.concatenate(first, axis=1))):
+                mel_so_far = torch.from_numpy(np.concatenate(first, axis=1))
+                if reason := pipe_warning(mel_so_far, log_mel):
                     say(f"standard input: {reason}")
         yield mel
 
 
-def vocode_pipe(streamer: Streamer, source: BinaryIO, sink: BinaryIO, max_frames: int) -> None:
-    """Writes the samples of `source`'s frames to `sink` as soon as they are final.
+def vocode_pipe(streamer: Streamer, frames: Iterable[np.ndarray], sink: BinaryIO) -> None:
+    """Writes the samples of `frames` [num_mels, n] to `sink` as soon as they are final.
 
     Each piece contains all frames that arrived while the last one was computed, so that a slow
     processor computes more frames at a time.
@@ -138,7 +140,7 @@ def vocode_pipe(streamer: Streamer, source: BinaryIO, sink: BinaryIO, max_frames
     """
     error = None
     try:
-        for mel in checked(read_frames(source, streamer.num_mels, max_frames)):
+        for mel in frames:
             sink.write(finite_pcm16(streamer.feed(mel)))
             sink.flush()
     except UserError as unusable:
@@ -161,7 +163,9 @@ def run_pipe(a: argparse.Namespace) -> int:
         say(f"latency: {streamer.latency} frames, {milliseconds:.0f} ms")
         try:
             sink.write(wav_header(h.sampling_rate))
-            vocode_pipe(streamer, sys.stdin.buffer, sink, a.chunk_frames or MAX_PIPE_FRAMES)
+            max_frames = a.chunk_frames or MAX_PIPE_FRAMES
+            frames = read_frames(sys.stdin.buffer, h.num_mels, max_frames)
+            vocode_pipe(streamer, checked(frames, LogMelSpectrogram(h, h.fmax)), sink)
         except BrokenPipeError:  # ends like other tools in a pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
             return 128 + signal.SIGPIPE
@@ -189,7 +193,8 @@ def main() -> int:
         return run_pipe(a)
     generator, h = start(a)
     jobs = plan_outputs(a.input_mels_dir, (".npy",), a.output_dir, "_generated_e2e.wav")
-    say_mel_warnings(readable_mels((job.source for job in jobs), h.num_mels))
+    mels = readable_mels((job.source for job in jobs), h.num_mels)
+    say_mel_warnings(mels, LogMelSpectrogram(h, h.fmax))
     return vocode_files(generator, h, jobs, partial(read_mel, num_mels=h.num_mels), a)
 
 

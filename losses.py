@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from env import Config
-from meldataset import LogMelSpectrogram, MelRecipe
+from meldataset import LogMelSpectrogram, MelRecipe, hifigan_recipe
 from pitch import PitchEstimator
 from weights import at_least_fp32
 
@@ -105,14 +105,15 @@ class MelLoss(nn.Module):
         super().__init__()
         # HiFi-GAN's name is kept for HiFi-GAN's loss.
         self.name = "mel_spec_error" if h.n_ffts_for_loss is None else "gen_loss_mel"
-        recipes = [h]
+        recipes = [hifigan_recipe(h)]
         if h.n_ffts_for_loss is not None:
             recipes = [
                 MelRecipe(h.sampling_rate, h.fmin, n_fft, n_fft // 4, n_fft, num_mels)
                 for n_fft, num_mels in zip(h.n_ffts_for_loss, h.num_mels_for_loss, strict=True)
             ]
         self.log_mels = nn.ModuleList(LogMelSpectrogram(r, h.fmax_for_loss) for r in recipes)
-        self.log_mel = LogMelSpectrogram(h, h.fmax)  # for the bins of the generator's STFT
+        # For the bins of the generator's STFT.
+        self.log_mel = LogMelSpectrogram(hifigan_recipe(h), h.fmax)
 
     def forward(self, wav_hat: torch.Tensor, wav: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -44,13 +44,13 @@ MAX_PAIR_DIFFERENCE = 1.2
 
 # ---------------------------------------------------------------------------------------- the mel
 
-MIN_POWER = 1e-9  # keeps the gradient of the square root finite
+# Of HiFi-GAN's mel
 MIN_MAGNITUDE = 1e-5
 SILENT_LOG_MEL = math.log(MIN_MAGNITUDE)
 
 
 class MelRecipe(NamedTuple):
-    """The parameters of a mel, under Config's names."""
+    """The parameters of a mel, under Config's names. The defaults are HiFi-GAN's recipe."""
 
     sampling_rate: int
     fmin: float
@@ -58,34 +58,71 @@ class MelRecipe(NamedTuple):
     hop_size: int
     win_size: int
     num_mels: int
+    mel_scale: str = "slaney"
+    mel_norm: str | None = "slaney"
+    mel_power: float = 1.0
+    mel_log_base: float | None = None
+    mel_floor: float = MIN_MAGNITUDE
+    stft_epsilon: float = 1e-9
+    mel_center: bool = False
 
 
-def band_edges(num_mels: int, fmin: float, fmax: float) -> np.ndarray:
+MEL_KEYS = (*MelRecipe._fields, "fmax")  # the keys of a config that define its mel
+
+
+def hifigan_recipe(h: Config) -> MelRecipe:
+    """Returns HiFi-GAN's recipe at the sizes of a config, for losses, metrics and plots.
+
+    So their weights, values and scales do not depend on the recipe of the generator's mel.
+    """
+    return MelRecipe(h.sampling_rate, h.fmin, h.n_fft, h.hop_size, h.win_size, h.num_mels)
+
+
+def slaney_to_hz(mels: np.ndarray) -> np.ndarray:
+    """Returns frequencies in Hz: linear up to 15 mels, 1 kHz, then 27 mels for a factor of 6.4."""
+    return np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * math.log(6.4) / 27))
+
+
+def hz_to_slaney(hz: float) -> float:
+    """Returns the inverse of `slaney_to_hz`."""
+    return hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
+
+
+def htk_to_hz(mels: np.ndarray) -> np.ndarray:
+    """Returns frequencies in Hz; source: the HTK Book, section 5.6."""
+    return 700 * (10 ** (mels / 2595) - 1)
+
+
+def hz_to_htk(hz: float) -> float:
+    """Returns the inverse of `htk_to_hz`."""
+    return 2595 * math.log10(1 + hz / 700)
+
+
+MEL_SCALES = {"slaney": (hz_to_slaney, slaney_to_hz), "htk": (hz_to_htk, htk_to_hz)}
+
+
+def band_edges(h: Config | MelRecipe, fmax: float | None) -> np.ndarray:
     """Returns the frequencies [num_mels + 2] in Hz at which mel bands start, peak and end.
 
     Band i starts at element i, peaks at i + 1 and ends at i + 2. The bands are equally spaced on
-    Slaney's mel scale: linear up to 1 kHz, 15 mels, then logarithmic, 27 mels for a factor of 6.4.
+    the recipe's mel scale. `fmax` None is half of the sampling rate.
     """
-
-    def to_mel(hz: float) -> float:
-        return hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
-
-    mels = np.linspace(to_mel(fmin), to_mel(fmax), num_mels + 2)
-    log_part = 1000 * np.exp((mels - 15) * math.log(6.4) / 27)
-    return np.where(mels < 15, mels * 200 / 3, log_part)
+    to_mel, to_hz = MEL_SCALES[h.mel_scale]
+    fmax = h.sampling_rate / 2 if fmax is None else fmax
+    return to_hz(np.linspace(to_mel(h.fmin), to_mel(fmax), h.num_mels + 2))
 
 
 def mel_filterbank(h: Config | MelRecipe, fmax: float | None) -> torch.Tensor:
-    """Returns Slaney's mel filterbank [num_mels, n_fft // 2 + 1], float32, up to `fmax` Hz.
+    """Returns the mel filterbank [num_mels, n_fft // 2 + 1], float32, up to `fmax` Hz.
 
-    Triangles of equal area; `fmax` None is half of the sampling rate. Equals librosa.filters.mel,
-    whose import takes a second.
+    The bands are triangles of equal area (`mel_norm` "slaney") or height (None). Equals
+    librosa.filters.mel, whose import takes a second.
 
     Raises:
         UsageError: a band lies between two bins of the STFT, so that it would always be silent.
     """
     nyquist = h.sampling_rate / 2
-    edges = band_edges(h.num_mels, h.fmin, nyquist if fmax is None else fmax)
+    edges = band_edges(h, fmax)
     bins = np.linspace(0, nyquist, h.n_fft // 2 + 1)
     low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     triangles = np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle))
@@ -95,15 +132,17 @@ def mel_filterbank(h: Config | MelRecipe, fmax: float | None) -> torch.Tensor:
             f"num_mels = {h.num_mels}: {empty} bands from {edges[0]:g} to {edges[-1]:g} Hz contain "
             f"no bin of the STFT; expected fewer bands, or n_fft above {h.n_fft}"
         )
-    return torch.from_numpy(triangles.clip(min=0) * 2 / (high - low)).float()
+    height = 1.0 if h.mel_norm is None else 2 / (high - low)
+    return torch.from_numpy(triangles.clip(min=0) * height).float()
 
 
 class LogMelSpectrogram(nn.Module):
-    """HiFi-GAN's log-mel spectrogram: wav [B, N] -> [B, num_mels, N // hop_size].
+    """Computes the log-mel spectrogram of a recipe: wav [B, N] -> [B, num_mels, frames(N)].
 
-    Every mel of the project is computed here: magnitudes, Slaney's filterbank up to `fmax` Hz
-    (None: half of the sampling rate), a floor of 1e-5, natural logarithm. Frame t is centred on
-    samples t * hop_size to (t + 1) * hop_size. N is at least hop_size.
+    Every mel of the project is computed here: STFT magnitudes or powers, mel bands up to `fmax` Hz
+    (None: half of the sampling rate), a floor, a logarithm. Frame t is centred on samples
+    t * hop_size to (t + 1) * hop_size, or with `mel_center` on sample t * hop_size, as by
+    torch.stft. The waveform is reflected at both ends. N is at least hop_size.
 
     Raises:
         UsageError: as `mel_filterbank`.
@@ -113,29 +152,57 @@ class LogMelSpectrogram(nn.Module):
 
     def __init__(self, h: Config | MelRecipe, fmax: float | None):
         super().__init__()
+        self.h, self.fmax = h, fmax
         self.n_fft, self.hop_size, self.win_size = h.n_fft, h.hop_size, h.win_size
         self.register_buffer("filterbank", mel_filterbank(h, fmax), persistent=False)
         self.register_buffer("window", torch.hann_window(h.win_size), persistent=False)
 
     def forward(self, wav: torch.Tensor) -> torch.Tensor:
-        return self.compress(self.filterbank @ self._magnitude(wav))
+        power = self._power(wav)
+        return self.compress(self.filterbank @ (power.sqrt() if self.h.mel_power == 1 else power))
+
+    def frames(self, samples: int) -> int:
+        """Returns the number of frames of a waveform: N // hop_size, one more if centred."""
+        return samples // self.hop_size + self.h.mel_center
 
     def of_bins(self, wav: torch.Tensor) -> torch.Tensor:
         """Returns log magnitudes without the filterbank: [B, N] -> [B, n_fft // 2 + 1, T]."""
-        return self.compress(self._magnitude(wav))
+        return self.compress(self._power(wav).sqrt())
 
-    @staticmethod
-    def compress(magnitude: torch.Tensor) -> torch.Tensor:
-        """Returns magnitudes on the mel's scale: natural logarithm, with a floor."""
-        return magnitude.clamp(min=MIN_MAGNITUDE).log()
+    def compress(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns magnitudes or powers on the mel's scale: a logarithm, with a floor."""
+        x = x.clamp(min=self.h.mel_floor)
+        return x.log() if self.h.mel_log_base is None else x.log10()
 
-    def _magnitude(self, wav: torch.Tensor) -> torch.Tensor:
-        """wav [B, N] -> STFT magnitudes [B, n_fft // 2 + 1, N // hop_size]."""
-        T = wav.shape[-1] // self.hop_size
-        padding = (self.n_fft - self.hop_size) // 2
-        missing = padding + 1 - wav.shape[-1]  # reflection needs more samples than it adds
+    def to_hifigan(self, mel: torch.Tensor) -> torch.Tensor:
+        """Returns about the values [num_mels, T] that a mel would have by HiFi-GAN's recipe.
+
+        They are exact where the magnitudes in a band are equal.
+        """
+        levels = mel * self.h.log_amplitude_scale - self._hifigan_offset().to(mel)[:, None]
+        return levels.clamp(min=SILENT_LOG_MEL)
+
+    def from_hifigan(self, level: float) -> float:
+        """Returns about the value that a level by HiFi-GAN's recipe has in the lowest band."""
+        return (level + float(self._hifigan_offset()[0])) / self.h.log_amplitude_scale
+
+    def _hifigan_offset(self) -> torch.Tensor:
+        """Returns by how much to_hifigan lowers each band, [num_mels]."""
+        edges = torch.from_numpy(band_edges(self.h, self.fmax))
+        area = (edges[2:] - edges[:-2]) / 2  # in Hz, of a triangle of height 1
+        if self.h.mel_norm == "slaney":
+            area = torch.ones_like(area)
+        bins_per_hz = self.h.n_fft / self.h.sampling_rate
+        return (area * bins_per_hz).log() / self.h.mel_power - math.log(bins_per_hz)
+
+    def _power(self, wav: torch.Tensor) -> torch.Tensor:
+        """wav [B, N] -> squared STFT magnitudes [B, n_fft // 2 + 1, T]."""
+        T, is_centred = self.frames(wav.shape[-1]), self.h.mel_center
+        left = self.n_fft // 2 if is_centred else (self.n_fft - self.hop_size) // 2
+        right = self.n_fft - left if is_centred else left
+        missing = right + 1 - wav.shape[-1]  # reflection needs more samples than it adds
         wav = F.pad(wav, (0, max(0, missing)))
-        wav = F.pad(wav.unsqueeze(1), (padding, padding), mode="reflect").squeeze(1)
+        wav = F.pad(wav.unsqueeze(1), (left, right), mode="reflect").squeeze(1)
         spectrum = torch.stft(
             wav,
             self.n_fft,
@@ -145,7 +212,7 @@ class LogMelSpectrogram(nn.Module):
             center=False,
             return_complex=True,
         )[..., :T]
-        return torch.sqrt(spectrum.real.square() + spectrum.imag.square() + MIN_POWER)
+        return spectrum.real.square() + spectrum.imag.square() + self.h.stft_epsilon
 
 
 def mel_of_stretch(
@@ -158,7 +225,7 @@ def mel_of_stretch(
     """
     hop_size = log_mel.hop_size
     context = -(-log_mel.n_fft // hop_size)  # frames that depend on samples beyond a slice
-    begin, stop = max(0, first - context), min(stop, len(wav) // hop_size)
+    begin, stop = max(0, first - context), min(stop, log_mel.frames(len(wav)))
     stretch = wav[begin * hop_size : (stop + context) * hop_size]
     return log_mel(stretch.unsqueeze(0))[0, :, first - begin : stop - begin]
 
@@ -222,7 +289,8 @@ class MelDataset(torch.utils.data.Dataset):
 
     For fine-tuning, with `mels_dir`, the mel is cut from `<mels_dir>/<id>.npy`, the output of an
     acoustic model. Otherwise it is computed from the segment, and the clip is normalised to a peak
-    of 0.95.
+    of 0.95. With `mel_center`, the segment starts half a hop before the centre of its first frame,
+    as the generator's output does.
     """
 
     def __init__(
@@ -254,14 +322,14 @@ class MelDataset(torch.utils.data.Dataset):
         if self.mels_dir is None:
             start = random.integers(max(0, wav.samples - size) + 1)
             segment = _padded(wav.part(start, min(start + size, wav.samples)), size, 0.0)
-            return self.log_mel(segment[None])[0], segment[None]
+            return self.log_mel(segment[None, self.h.lead :])[0], segment[None]
         mel = self._load_mel(index, frames=wav.samples // hop_size)
         frames = size // hop_size
         last = min(mel.shape[1], wav.samples // hop_size)
         start = random.integers(max(0, last - frames) + 1)
         stop = min(start + frames, last)
         segment = _padded(wav.part(start * hop_size, stop * hop_size), size, 0.0)
-        return _padded(mel[:, start:stop], frames, SILENT_LOG_MEL), segment[None]
+        return _padded(mel[:, start:stop], frames, self.h.silent_log_mel), segment[None]
 
     def whole(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns all of clip `index`: (mel [num_mels, T], wav [1, T * hop_size]).
@@ -272,7 +340,7 @@ class MelDataset(torch.utils.data.Dataset):
         wav = self._open_wav(index)
         wav = wav.part(0, wav.samples)
         if self.mels_dir is None:
-            mel = self.log_mel(wav[None])[0]
+            mel = self.log_mel(wav[None, self.h.lead :])[0]
         else:
             mel = self._load_mel(index, frames=len(wav) // self.h.hop_size)
         frames = min(mel.shape[1], len(wav) // self.h.hop_size)
@@ -310,7 +378,7 @@ class MelDataset(torch.utils.data.Dataset):
             self.known[index] = len(whole), peak
             wav = Wav(len(whole), lambda first, stop: whole[first:stop])
         if self.mels_dir is not None:  # the mels were computed at the clip's own level
-            return wav
+            return _with_lead(wav, self.h.lead)
         gain = MAX_AMPLITUDE / torch.tensor(peak)
         return Wav(wav.samples, lambda first, stop: wav.part(first, stop) * gain)
 
@@ -341,6 +409,15 @@ class MelDataset(torch.utils.data.Dataset):
                 )
 
 
+def _with_lead(wav: Wav, lead: int) -> Wav:
+    """Returns `wav` after `lead` samples of silence, which the generator's output has as well."""
+
+    def part(first: int, stop: int) -> torch.Tensor:
+        return F.pad(wav.part(max(0, first - lead), stop - lead), (max(0, lead - first), 0))
+
+    return Wav(wav.samples + lead, part)
+
+
 def _padded(x: torch.Tensor, length: int, value: float) -> torch.Tensor:
     """Pads x [..., n] at its end with `value` to [..., length]."""
     return F.pad(x, (0, length - x.shape[-1]), value=value)
@@ -360,11 +437,12 @@ def check_pairs(dataset: MelDataset) -> None:
         with contextlib.suppress(SilenceError):
             mel, wav = dataset.whole(index)
             mels.append((dataset.mel_path(index), mel))
-            difference = float((dataset.log_mel(wav)[0] - mel).abs().mean())
+            expected = dataset.log_mel(wav[:, dataset.h.lead :])[0]
+            difference = dataset.h.log_amplitude_scale * float((expected - mel).abs().mean())
             if difference > MAX_PAIR_DIFFERENCE:
                 differing.append((index, difference))
     if not differing:
-        say_mel_warnings(mels)
+        say_mel_warnings(mels, dataset.log_mel)
         return
     index, difference = differing[0]
     say(

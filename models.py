@@ -33,7 +33,6 @@ from fastconv import (
     scale_conv,
 )
 from harmonic import LRELU_SLOPE, HarmonicNoiseHead, PhaseState
-from meldataset import SILENT_LOG_MEL
 
 POST_LRELU_SLOPE = 0.01  # before conv_post: PyTorch's default, with which HiFi-GAN was trained
 
@@ -315,19 +314,20 @@ class ISTFTHead(nn.Module):
 class Generator(nn.Module):
     """Log-mel [B, num_mels, T] -> waveform [B, 1, T * hop_size].
 
-    The waveform is in [-1, 1] with a tanh head; other heads may exceed it slightly. A stage is a
-    transposed convolution and a fusion block. At the frame rate (`griffin_lim_steps` in the config)
-    nothing is upsampled and the head is a HarmonicNoiseHead. The blocks of all stages are in one
-    list, `resblocks`, as in HiFi-GAN's files.
+    The waveform starts `lead` samples before that of the mel: see Config. It is in [-1, 1] with a
+    tanh head; other heads may exceed it slightly. A stage is a transposed convolution and a fusion
+    block. At the frame rate (`griffin_lim_steps` in the config) nothing is upsampled and the head
+    is a HarmonicNoiseHead. The blocks of all stages are in one list, `resblocks`, as in HiFi-GAN's
+    files.
 
     Source: HiFi-GAN, section 2.2, with MISR in place of MRF; iSTFTNet for the iSTFT head.
     """
 
     def __init__(self, h: Config):
         super().__init__()
-        self.hop_size = h.hop_size
+        self.hop_size, self.lead, self.silent_log_mel = h.hop_size, h.lead, h.silent_log_mel
         # Some acoustic models pad with values below silence.
-        self.min_log_mel = SILENT_LOG_MEL if h.is_frame_rate else None
+        self.min_log_mel = h.silent_log_mel if h.is_frame_rate else None
         channels = h.upsample_initial_channel
         # Of the frames of look-ahead, the refiner takes one and conv_pre the rest.
         lookahead = None if h.lookahead_frames is None else h.lookahead_frames - 1

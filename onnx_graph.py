@@ -26,7 +26,6 @@ from harmonic import (
     Refiner,
     white_noise,
 )
-from meldataset import MIN_MAGNITUDE, SILENT_LOG_MEL
 from models import MISR, POST_LRELU_SLOPE, Generator, time_padding
 
 
@@ -273,6 +272,8 @@ class GraphHead(nn.Module):
             parts.append(first + part)
             first += size
         self.channels = torch.cat(parts)
+        self.mel_power, self.mel_floor = head.mel_power, head.mel_floor
+        self.min_log_mel, self.log_amplitude_scale = head.min_log_mel, head.log_amplitude_scale
         self.register_buffer("filterbank", head.filterbank.T[:, order].contiguous())
         self.register_buffer("mel_to_bins", head.mel_to_bins.T[order].contiguous())
         voicing = (order < head.voicing_bins).float() / head.voicing_bins
@@ -308,12 +309,13 @@ class GraphHead(nn.Module):
 
     def unrefined(self, pulses, noise, correction, aperiodicity, mel, conditioning):
         """Returns Z of S, its log magnitude before the refiner, and the refiner's input."""
-        mel = mel.clamp(min=SILENT_LOG_MEL)
+        mel = self.log_amplitude_scale * mel.clamp(min=self.min_log_mel)
         share = aperiodicity[:, self.to_stft].unsqueeze(1)
         spectrum = (1 - share.square()).sqrt() * pulses + share * noise
         powers = [self.power(z) for z in (spectrum, pulses, noise)]
         magnitude = powers[0].sqrt()
-        log_mel = (self.filterbank @ magnitude).clamp(min=MIN_MAGNITUDE).log()
+        bands = self.filterbank @ (magnitude if self.mel_power == 1 else powers[0])
+        log_mel = bands.clamp(min=self.mel_floor).log() / self.mel_power
         levels = self.mel_to_bins @ mel
         gain = levels - self.mel_to_bins @ log_mel
         log_magnitude = magnitude.log() + gain + correction

@@ -64,7 +64,7 @@ class Streamer:
         self.pad_post = ReflectedStart() if is_padded else None
         self.conv_post = ConvStream(generator.conv_post)
         self.head = head_stream(generator.head, self.griffin_lim_lookahead)
-        self.frames = 0
+        self.frames, self.to_skip = 0, generator.lead
 
     @property
     def latency(self) -> int:
@@ -108,7 +108,10 @@ class Streamer:
         x = F.leaky_relu(x, POST_LRELU_SLOPE).to(generator.conv_post.bias.dtype)
         if self.pad_post is not None:
             x = self.pad_post(x)
-        return self.head(self.conv_post(x, is_last), mel, is_last)
+        wav = self.head(self.conv_post(x, is_last), mel, is_last)
+        skipped = min(self.to_skip, len(wav))
+        self.to_skip -= skipped
+        return wav[skipped:]
 
 
 def as_mel(mel: torch.Tensor | np.ndarray, num_mels: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ from distributed import select_device, speed_up_cpu
 from env import Config, UserError, load_config
 from evaluation.plots import plot_spectrogram
 from inference import Streamer, load_generator
-from meldataset import LogMelSpectrogram, mel_filterbank, mel_of_stretch
+from meldataset import LogMelSpectrogram, hifigan_recipe, mel_filterbank, mel_of_stretch
 from utils import command_line, command_parser, is_out_of_memory, say, use_own_numba_cache
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,7 @@ class Vocoder:
         """
         if self.checkpoint is None:
             return griffin_lim(self.log_mel(wav[None])[0], self.h)
-        streamer, frames = Streamer(self.load(precision)[0]), len(wav) // self.h.hop_size
+        streamer, frames = Streamer(self.load(precision)[0]), self.log_mel.frames(len(wav))
         pieces = []
         for first in range(0, frames, CHUNK_FRAMES):
             mel = mel_of_stretch(self.log_mel, wav, first, first + CHUNK_FRAMES)
@@ -108,7 +108,7 @@ def write_and_plot(wav: torch.Tensor, h: Config, path: Path) -> tuple:
     """Writes a waveform [N]; returns the path and a plot. Gradio would normalise samples."""
     write_wav(path, wav, h.sampling_rate)
     wav = wav[: PLOTTED_SECONDS * h.sampling_rate]
-    mel = LogMelSpectrogram(h, fmax=None)(wav[None])[0]
+    mel = LogMelSpectrogram(hifigan_recipe(h), fmax=None)(wav[None])[0]
     return str(path), plot_spectrogram(wav.numpy(), mel.numpy(), h, fmax=None)
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from env import Config
 from evaluation.opinion import OPINION_RATE, distill_mos, plcmos, seeded_numpy
-from meldataset import LogMelSpectrogram
+from meldataset import LogMelSpectrogram, hifigan_recipe
 from utils import use_own_numba_cache
 
 SIDES = ("reference", "generated")
@@ -68,7 +68,7 @@ class Pair:
     @cached_property
     def log_mel(self) -> LogMelSpectrogram:
         """The transform of the mel loss."""
-        return LogMelSpectrogram(self.h, self.h.fmax_for_loss)
+        return LogMelSpectrogram(hifigan_recipe(self.h), self.h.fmax_for_loss)
 
     @cached_property
     def mels(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +123,7 @@ def _mel_l1(pair: Pair) -> float:
 def _high_mel_l1(pair: Pair) -> float:
     low, high = HIGH_BAND
     h = replace(pair.h, num_mels=HIGH_BAND_MELS, fmin=low, fmax=high, fmax_for_loss=high)
-    log_mel = LogMelSpectrogram(h, fmax=high)
+    log_mel = LogMelSpectrogram(hifigan_recipe(h), fmax=high)
     mel, mel_hat = (log_mel(wav.unsqueeze(0)) for wav in pair.wavs)
     return F.l1_loss(mel_hat, mel).item()
 

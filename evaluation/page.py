@@ -28,7 +28,7 @@ from evaluation.report import (
     number,
     systems_of,
 )
-from meldataset import LogMelSpectrogram
+from meldataset import LogMelSpectrogram, hifigan_recipe
 from utils import WriteError, atomic_write
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -138,7 +138,7 @@ class ClipWriter:
 
     def __init__(self, folder: Path, h: Config):
         self.folder, self.h = folder, h
-        self.log_mel = LogMelSpectrogram(h, fmax=None)  # all that is audible
+        self.log_mel = LogMelSpectrogram(hifigan_recipe(h), fmax=None)  # all that is audible
         self.count = 0
 
     def write(self, file: dict, systems: list[str], metrics: dict) -> str:

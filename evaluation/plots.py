@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from env import Config
-from meldataset import band_edges
+from meldataset import band_edges, hifigan_recipe
 
 LOG_MEL_RANGE = (-11.5, 2.0)  # silence to loud speech; one range makes spectrograms comparable
 MARKED_HZ = (500, 1000, 2000, 4000, 8000, 16000)
@@ -21,7 +21,7 @@ def marked_bands(h: Config, fmax: float | None) -> dict[int, float]:
     Band i spans i to i + 1 on this axis.
     """
     top = h.sampling_rate / 2 if fmax is None else fmax
-    edges = band_edges(h.num_mels, h.fmin, top)  # band i has its peak at edge i + 1
+    edges = band_edges(hifigan_recipe(h), top)  # band i has its peak at edge i + 1
     positions = np.arange(h.num_mels + 2) - 0.5
     marks = [hertz for hertz in MARKED_HZ if h.fmin < hertz < top]
     return dict(zip(marks, np.interp(marks, edges, positions).tolist(), strict=True))

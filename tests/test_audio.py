@@ -448,9 +448,9 @@ OTHER_RECIPES = {
 @pytest.mark.parametrize("scale", OTHER_RECIPES.values(), ids=OTHER_RECIPES)
 def test_mels_with_other_settings_have_a_warning(h, scale):
     mel = mel_of(0.1 * speech_like(2), h)
-    assert mel_warning(torch.from_numpy(mel)) is None
+    assert mel_warning(torch.from_numpy(mel), LogMelSpectrogram(h, h.fmax)) is None
     scaled = scale(mel).astype(np.float32)
-    reason = mel_warning(torch.from_numpy(scaled))
+    reason = mel_warning(torch.from_numpy(scaled), LogMelSpectrogram(h, h.fmax))
     assert reason.startswith(f"values from {scaled.min():.3g} to {scaled.max():.3g}; expected")
 
 
@@ -462,26 +462,27 @@ def test_mels_of_noisy_speech_have_no_warning_unless_in_log10(h, snr, exponent):
     noise = np.fft.irfft(spectrum / np.arange(1, len(spectrum) + 1) ** exponent, len(wav))
     noise *= wav.std() / noise.std() * 10 ** (-snr / 20)
     mel = mel_of(wav + noise, h)
-    assert mel_warning(torch.from_numpy(mel)) is None
-    assert "values from" in mel_warning(torch.from_numpy(mel / math.log(10)))
+    assert mel_warning(torch.from_numpy(mel), LogMelSpectrogram(h, h.fmax)) is None
+    in_log10 = torch.from_numpy(mel / math.log(10))
+    assert "values from" in mel_warning(in_log10, LogMelSpectrogram(h, h.fmax))
 
 
 def test_padding_with_zeros_has_a_warning_at_the_end_only(h):
-    mel = mel_of(speech_like(1), h)
+    mel, log_mel = mel_of(speech_like(1), h), LogMelSpectrogram(h, h.fmax)
     at_end, at_start = (np.pad(mel, ((0, 0), pad)) for pad in ((0, 3), (3, 0)))
-    assert "ends in 3 frames of zeros" in mel_warning(torch.from_numpy(at_end))
-    assert mel_warning(torch.from_numpy(at_start)) is None
-    assert mel_warning(torch.full((80, 9), SILENT_LOG_MEL)) is None
+    assert "ends in 3 frames of zeros" in mel_warning(torch.from_numpy(at_end), log_mel)
+    assert mel_warning(torch.from_numpy(at_start), log_mel) is None
+    assert mel_warning(torch.full((80, 9), SILENT_LOG_MEL), log_mel) is None
 
 
 def test_the_first_wrong_mel_of_many_is_named_with_their_number(h, capsys):
-    good = torch.from_numpy(mel_of(speech_like(1), h))
+    good, log_mel = torch.from_numpy(mel_of(speech_like(1), h)), LogMelSpectrogram(h, h.fmax)
     mels = {"a.npy": good, "b\n.npy": good / 2.3, "c.npy": good, "d.npy": good * 0}
-    say_mel_warnings((Path(name), mel) for name, mel in mels.items())
+    say_mel_warnings(((Path(name), mel) for name, mel in mels.items()), log_mel)
     line = capsys.readouterr().out
     assert line.startswith("b .npy: values from -2.84 to ") and line.count("\n") == 1
     assert line.endswith("settings? (2 of 4 mels look wrong)\n")
-    say_mel_warnings([(Path("a.npy"), good)])
+    say_mel_warnings([(Path("a.npy"), good)], log_mel)
     assert capsys.readouterr().out == ""
 
 

@@ -345,7 +345,7 @@ def test_an_unusable_clip_ends_all_in_one_line(runs, corpus, tmp_path):
     lines = process.communicate(timeout=300)[0].splitlines()
     assert process.returncode == 1
     (note,) = [line for line in lines if "misr_merge" in line]
-    assert note.endswith('no misr_merge, so "mean"; y-chan\'s port merges by "conv"')
+    assert note.endswith('no misr_merge, so "mean" is used; y-chan\'s port uses "conv"')
     (error,) = [line for line in lines if line.startswith("error: ")]
     assert error == f"error: {broken}: holds samples that are NaN or infinite"
     assert not [line for line in lines if "elastic" in line or "Traceback" in line]

@@ -176,7 +176,7 @@ def test_mels_with_other_settings_are_vocoded_with_one_warning(checkpoint, mels,
     lines = capsys.readouterr().out.splitlines()
     (line,) = (line for line in lines if "expected natural logarithms" in line)
     assert line.startswith(f"{tmp_path / 'a.npy'}: values from -")
-    assert line.endswith("(and 1 other mels like it)")
+    assert line.endswith("(2 of 2 mels look wrong)")
     assert len(files_in(tmp_path / "out")) == 2
 
 

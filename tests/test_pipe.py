@@ -15,7 +15,7 @@ import torch
 from audio import load_wav
 from env import UserError
 from inference import Streamer, load_generator, synthesize
-from inference_e2e import vocode_pipe
+from inference_e2e import checked, read_frames, vocode_pipe
 from meldataset import LogMelSpectrogram
 from tests.conftest import new_checkpoint, random_mel
 from tools.toy import ROOT, speech_like
@@ -136,7 +136,7 @@ def test_other_data_is_refused_after_the_sound_of_the_frames_before_it(
 ):
     (generator, h), sound = load_generator(checkpoint), io.BytesIO()
     with pytest.raises(UserError, match=message):
-        vocode_pipe(Streamer(generator), io.BytesIO(data), sound, max_frames=9)
+        vocode_pipe(Streamer(generator), read_frames(io.BytesIO(data), 80, max_frames=9), sound)
     assert len(sound.getvalue()) == 2 * frames * h.hop_size
 
 
@@ -153,8 +153,9 @@ def test_the_first_frames_are_checked_and_a_warning_is_printed_once(
     checkpoint, capsys, change, message
 ):
     generator, h = load_generator(checkpoint)
-    data = io.BytesIO(change(speech_mel(h)))
-    vocode_pipe(Streamer(generator), data, io.BytesIO(), max_frames=9)
+    frames = read_frames(io.BytesIO(change(speech_mel(h))), 80, max_frames=9)
+    frames = checked(frames, LogMelSpectrogram(h, h.fmax))
+    vocode_pipe(Streamer(generator), frames, io.BytesIO())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == (message is not None)
     assert all(line.startswith("standard input: ") and message in line for line in lines)

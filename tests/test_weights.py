@@ -104,7 +104,7 @@ def test_y_chans_weights_load_and_are_merged_by_conv(merge, tmp_path, capsys):
     torch.save({"generator": theirs.state_dict()}, tmp_path / "g_00000001")
     ours, h = load_generator(tmp_path / "g_00000001")
     assert h.misr_merge == "conv"
-    said = f'{tmp_path}/g_00000001: of y-chan\'s port, so misr_merge is "conv"\n'
+    said = f'{tmp_path}/g_00000001: from y-chan\'s port, so misr_merge is "conv"\n'
     assert capsys.readouterr().out == ("" if merge == "conv" else said)
     assert_same_speech(ours, theirs)
 
@@ -237,7 +237,7 @@ def test_a_run_of_y_chans_port_resumes(tmp_path, capsys):
     torch.save(contents | {"steps": 7, "epoch": 2}, tmp_path / "do_00000007")
     state = build_state(h, CPU)
     assert resume(state, tmp_path)
-    assert "of y-chan's port; the generator's optimizer starts anew" in capsys.readouterr().out
+    assert "from y-chan's port; the generator's optimizer starts anew" in capsys.readouterr().out
     assert_same_speech(state.generator, theirs)
     state.h = load_config(write_config(path, misr_merge="mean"))
     with pytest.raises(UserError, match='y-chan\'s port, which needs "misr_merge": "conv"'):
@@ -278,7 +278,7 @@ def test_a_warm_start_without_a_matching_layer_is_an_error(tmp_path):
         textbook.TextbookGenerator, toy_config(tmp_path, MRF_CONFIG, upsample_initial_channel=32)
     )
     torch.save({"generator": wide.state_dict()}, tmp_path / "g_00000001")
-    with pytest.raises(UserError, match="g_00000001: no layer of its generator fits the config"):
+    with pytest.raises(UserError, match="g_00000001: no layer of its generator fits --config; use the"):
         warm_start(build_state(toy_config(tmp_path), CPU), [tmp_path / "g_00000001"])
 
 

@@ -19,7 +19,8 @@ TOY = {
     "batch_size": 2,
     "num_workers": 0,
 }
-NULLABLE = ("fmax", "fmax_for_loss", "discriminator_train_start_steps")  # null is a value of these
+# Null is a value of these.
+NULLABLE = ("fmax", "fmax_for_loss", "discriminator_train_start_steps", "mel_norm")
 
 
 def toy_values(config: str = "config_v2.json", **changes) -> dict:
