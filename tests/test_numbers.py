@@ -7,7 +7,6 @@ import pytest
 import soundfile
 import torch
 
-import inference
 import inference_e2e
 from audio import load_wav
 from env import load_config

@@ -278,7 +278,7 @@ def test_a_warm_start_without_a_matching_layer_is_an_error(tmp_path):
         textbook.TextbookGenerator, toy_config(tmp_path, MRF_CONFIG, upsample_initial_channel=32)
     )
     torch.save({"generator": wide.state_dict()}, tmp_path / "g_00000001")
-    with pytest.raises(UserError, match="g_00000001: no layer of its generator fits --config; use the"):
+    with pytest.raises(UserError, match="no layer of its generator fits --config; use the"):
         warm_start(build_state(toy_config(tmp_path), CPU), [tmp_path / "g_00000001"])
 
 
