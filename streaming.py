@@ -274,12 +274,12 @@ class UpsamplingStream:
     """Runs a transposed convolution: outputs are final once no later input reaches them."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rate: int, padding: int):
-        C, C_out, self.kernel_size = weight.shape
+        C, self.channels, self.kernel_size = weight.shape
         self.bias, self.rate, self.padding, self.to_skip = bias, rate, padding, padding
         self.hops = math.ceil(self.kernel_size / rate)  # outputs of one input, in hops of `rate`
         weight = F.pad(weight, (0, self.hops * rate - self.kernel_size))
         self.matrix = weight.permute(2, 1, 0).reshape(-1, C)  # [hops * rate * C_out, C]
-        self.tail = weight.new_zeros(self.hops - 1, rate * C_out)
+        self.tail = weight.new_zeros(self.hops - 1, rate * self.channels)
 
     def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
         n, rate, hops = x.shape[1], self.rate, self.hops
@@ -289,7 +289,7 @@ class UpsamplingStream:
         for k in range(hops):
             y[k : k + n] += frames[:, k]
         self.tail = y[n:]
-        y = y.view(1, (n + hops - 1) * rate, -1)
+        y = y.view(1, (n + hops - 1) * rate, self.channels)
         count = n * rate
         if is_last:
             count += self.kernel_size - rate - self.padding

@@ -19,6 +19,10 @@ FAMILY = {
     "MRF": ("configs/hifigan_v2.json", {}),
     "MRF, ResBlock2": ("configs/hifigan_v3.json", {"upsample_initial_channel": 32}),
     "iSTFT": ("configs/istft_v2.json", {}),
+    "kernels as wide as their strides": (
+        "configs/hifigan_v2.json",
+        {"upsample_rates": [16, 16], "upsample_kernel_sizes": [16, 16]},
+    ),
 }
 
 

@@ -4,7 +4,7 @@
 
 Each runtime has its own process. The processes run in turns, one at a time. The figures are
 real-time factors: medians over turns, with their range. Weights and mels are random. Runtimes that
-are not installed are skipped: pip install onnx onnxscript onnxruntime openvino.
+are not installed are skipped: pip install onnx onnxruntime openvino.
 """
 
 import argparse
