@@ -23,7 +23,7 @@ from onnx_graph import (
     WithMagnitude,
     extrapolate,
 )
-from streaming import GRIFFIN_LIM_LOOKAHEAD
+from streaming import GRIFFIN_LIM_LOOKAHEAD, stream_steps
 
 UNKNOWN = 2**40  # frames, as the length of a mel that has not ended
 
@@ -246,7 +246,7 @@ class HarmonicStream(nn.Module):
         super().__init__()
         self.head = head
         self.lookahead = GRIFFIN_LIM_LOOKAHEAD
-        self.steps = max(1, round(head.griffin_lim_steps / (self.lookahead + 1)))
+        self.steps = stream_steps(head)
 
     def forward(self, piece: Piece, mel: torch.Tensor, state: State, clock: Clock) -> Piece:
         head = self.head

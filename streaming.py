@@ -35,6 +35,7 @@ from harmonic import (
 from models import MISR, POST_LRELU_SLOPE, Generator, ISTFTHead, TanhHead, time_padding
 
 GRIFFIN_LIM_LOOKAHEAD = 3  # frames
+MAX_STREAM_STEPS = 4  # of Griffin-Lim, for each frame and each frame of look-ahead
 
 
 class Streamer:
@@ -470,18 +471,22 @@ class ExcitationStream:
         return torch.cat([known.unfold(1, self.known, hop_size), held], dim=2)
 
 
+def stream_steps(head: HarmonicNoiseHead) -> int:
+    """Returns the number of Griffin-Lim steps each time that a frame is completed."""
+    return min(MAX_STREAM_STEPS, head.griffin_lim_steps)
+
+
 class GriffinLimStream:
     """Griffin-Lim with a bounded look-ahead.
 
     Frames are settled (completed) in order. A frame gets its steps together with the `lookahead`
-    frames after it; settled frames do not change. In total, a frame gets about as many steps as in
-    a whole mel.
+    frames after it; settled frames do not change.
     """
 
     def __init__(self, head: HarmonicNoiseHead, lookahead: int):
         self.stft, self.lookahead = head.stft, lookahead
         self.n_fft, self.hop_size = head.stft.n_fft, head.stft.hop_size
-        self.steps = max(1, round(head.griffin_lim_steps / (lookahead + 1)))
+        self.steps = stream_steps(head)
         # Phase, previous spectrum, magnitude and floor of frames that are not settled.
         self.pending: list[torch.Tensor] | None = None
         # The overlap-added settled frames, from the start of the first pending window to their end.
