@@ -25,6 +25,7 @@ from weights import to_hifigan_names
 # nohup, or a shell's background, may have made pytest ignore these signals. Programs that the tests
 # start must receive them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ALL_CONFIGS = sorted([*ROOT.glob("config_*.json"), *ROOT.glob("configs/*.json")])

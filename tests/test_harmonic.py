@@ -41,7 +41,7 @@ def head_of(tmp_path):
 
 
 def frame_rate(tmp_path, **changes) -> Config:
-    return toy_config(tmp_path, FRAME_RATE, **changes)
+    return toy_config(tmp_path, FRAME_RATE, **{"lookahead_frames": None} | changes)
 
 
 def log_mel_of_speech(h: Config, seconds: float = 0.5) -> torch.Tensor:

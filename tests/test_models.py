@@ -250,7 +250,10 @@ def test_a_convolution_with_lookahead_is_the_symmetric_one_delayed(lookahead):
 
 @pytest.mark.parametrize(
     ("changes", "before", "after"),
-    [({}, 3 + 2 * 24, 3 + 2 * 24), *(({"lookahead_frames": n}, 103 - n, n - 1) for n in (1, 3, 7))],
+    [
+        ({"lookahead_frames": None}, 3 + 2 * 24, 3 + 2 * 24),
+        *(({"lookahead_frames": n}, 103 - n, n - 1) for n in (1, 3, 7)),
+    ],
 )
 def test_of_the_lookahead_frames_all_but_one_are_of_the_features(changes, before, after, tmp_path):
     """conv_pre depends on them and the blocks on none. test_harmonic.py tests the refiner's one."""

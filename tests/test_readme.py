@@ -21,6 +21,7 @@ import torch
 
 import checkpoint
 import evaluate
+import export_onnx
 import inference_e2e
 import train
 from checkpoint import build_state, save
@@ -203,6 +204,9 @@ def folder(tmp_path, exported):
     """The files that the snippets name: a checkpoint, its ONNX form, a mel and a wav."""
     shutil.copytree(exported, tmp_path / "cp_misrnet")
     shutil.move(tmp_path / "cp_misrnet/misrnet.onnx", tmp_path)
+    stream = ("--stream", 4, "--output", tmp_path / "misrnet_stream.onnx")
+    checkpoint_file = tmp_path / "cp_misrnet/g_00500000"
+    assert run_main(export_onnx, "--checkpoint_file", checkpoint_file, *stream) == 0
     mel = np.random.default_rng(0).uniform(-11, 1, (80, 70)).astype(np.float32)
     np.save(tmp_path / "mel.npy", mel)
     soundfile.write(tmp_path / "speech.wav", np.zeros(22050), 22050)

@@ -237,7 +237,10 @@ def test_a_run_of_y_chans_port_resumes(tmp_path, capsys):
     torch.save(contents | {"steps": 7, "epoch": 2}, tmp_path / "do_00000007")
     state = build_state(h, CPU)
     assert resume(state, tmp_path)
-    assert "from y-chan's port; the generator's optimizer starts anew" in capsys.readouterr().out
+    assert (
+        "from y-chan's port; the generator's optimizer starts from scratch"
+        in capsys.readouterr().out
+    )
     assert_same_speech(state.generator, theirs)
     state.h = load_config(write_config(path, misr_merge="mean"))
     with pytest.raises(UserError, match='y-chan\'s port, which needs "misr_merge": "conv"'):
