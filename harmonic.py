@@ -408,9 +408,11 @@ class Conv3x3(nn.Conv2d):
             self.padding = (1, dilation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.padding[0] == 0:
-            x = F.pad(x, (0, 0, *self.time_padding))
-        return super().forward(x)
+        # Padded at both ends and cropped: cheaper than to pad a copy of x at one end.
+        (before, after), T = self.time_padding, x.shape[2]
+        ends, frequency = max(before, after), self.padding[1]
+        y = F.conv2d(x, self.weight, self.bias, padding=(ends, frequency), dilation=self.dilation)
+        return y[:, :, ends - before : ends - before + T]
 
 
 class STFT(nn.Module):
