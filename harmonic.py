@@ -207,7 +207,7 @@ class HarmonicNoiseHead(nn.Module):
                 spectrum = self.stft(wav)
                 phase = spectrum
                 if step > 0:
-                    phase = torch.lerp(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
+                    phase = _extrapolate(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
                 previous = spectrum
         wav = self.stft.inverse(with_magnitude(phase, magnitude, floor)) * normaliser
         before, after = self.stft.margins
@@ -517,6 +517,12 @@ def with_magnitude(x: torch.Tensor, magnitude: torch.Tensor, floor: torch.Tensor
 def magnitude_floor(magnitude: torch.Tensor) -> torch.Tensor:
     """Returns the `floor` of `with_magnitude` for a magnitude [...]."""
     return PHASE_SOFTNESS * magnitude.square() + EPSILON**2
+
+
+def _extrapolate(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor:
+    """Returns start + weight * (end - start), complex; three times as fast on real numbers."""
+    pairs = torch.lerp(torch.view_as_real(start), torch.view_as_real(end), weight)
+    return torch.view_as_complex(pairs)
 
 
 def _magnitude(x: torch.Tensor) -> torch.Tensor:
