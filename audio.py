@@ -42,7 +42,7 @@ MAX_FLOOR = -6.5  # of the minimum of clean speech
 NOISY_FLOOR = -3.0
 NOISY_STEP, NOISY_RELATIVE_STEP = 0.18, 0.18
 LOUD, MAX_LOG_MEL = 2.0, 4.0
-BELOW_SILENCE = 0.5  # values may be lower than that of silence by so much
+BELOW_SILENCE = 0.5  # how much lower than silence a value may be
 
 
 class SilenceError(UserError):

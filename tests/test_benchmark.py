@@ -95,8 +95,10 @@ def test_memory_is_measured_in_a_new_process(tmp_path):
 
 
 def test_each_value_of_a_flag_makes_a_row(tmp_path, monkeypatch):
+    def row(config, length, frames, device):
+        return {"length": length, "frames": frames}
+
     for name in ("memory_row", "stream_row"):
-        row = lambda config, length, frames, device: {"length": length, "frames": frames}  # noqa: E731
         monkeypatch.setattr(benchmark, name, row)
     flags = ("--config", write_config(tmp_path / "toy.json"), "--output", tmp_path / "a.json")
     flags += ("--stream", "--memory", "--minutes", 1, "--chunk_frames", 0, 64)
