@@ -22,20 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harmonic import (
-    GRIFFIN_LIM_MOMENTUM,
-    LRELU_SLOPE,
-    MIN_WINDOW_SUM,
-    Conv3x3,
-    Excitation,
-    HarmonicNoiseHead,
-    magnitude_floor,
-    with_magnitude,
-)
+from harmonic import LRELU_SLOPE, Conv3x3, Refiner
+from harmonic_stream import GRIFFIN_LIM_LOOKAHEAD, HarmonicStream
 from models import MISR, POST_LRELU_SLOPE, Generator, ISTFTHead, TanhHead, time_padding
-
-GRIFFIN_LIM_LOOKAHEAD = 3  # frames
-MAX_STREAM_STEPS = 4  # of Griffin-Lim, for each frame and each frame of look-ahead
 
 
 class Streamer:
@@ -341,7 +330,7 @@ def head_stream(
         return TanhStream()
     if isinstance(head, ISTFTHead):
         return ISTFTStream(head)
-    return HarmonicStream(head, griffin_lim_lookahead)
+    return HarmonicStream(head, RefinerStream(head.refiner), griffin_lim_lookahead)
 
 
 class TanhStream:
@@ -367,198 +356,18 @@ class ISTFTStream:
         return (wav / window_sum).flatten()
 
 
-class HarmonicStream:
-    """Streams a HarmonicNoiseHead, with Griffin-Lim frame by frame."""
+class RefinerStream:
+    """Runs a Refiner on patches [n, patches, channels], as arrays."""
 
-    def __init__(self, head: HarmonicNoiseHead, lookahead: int):
-        self.head = head
-        self.excitation = ExcitationStream(head)
-        self.refiner_pre = Conv3x3Stream(head.refiner.conv_pre)
-        self.refiner = ResidualStream(head.refiner.units(), stream=Conv3x3Stream)
-        self.griffin_lim = GriffinLimStream(head, lookahead)
-        self.mel, self.spectrum, self.log_magnitude = Delay(), Delay(), Delay()
+    def __init__(self, refiner: Refiner):
+        self.conv_pre = Conv3x3Stream(refiner.conv_pre)
+        self.units = ResidualStream(refiner.units(), stream=Conv3x3Stream)
+        self.linear_post = refiner.linear_post
 
-    @property
-    def latency(self) -> int:
-        """The number of frames of x after its own that a sample waits for."""
-        stft = self.head.stft
-        window = math.ceil(stft.margins[0] / stft.hop_size)
-        return window + self.griffin_lim.lookahead + self.head.refiner.receptive_field[1]
-
-    def __call__(self, x: torch.Tensor, mel: torch.Tensor, is_last: bool) -> torch.Tensor:
-        head = self.head
-        mel = self.mel(mel, x.shape[1])  # the mel is ahead of x by the look-ahead of the network
-        excitation = self.excitation(x)
-        spectrum, log_magnitude, patches = head.unrefined(x.mT, mel.mT, excitation)
-        patches = self.refiner_pre(patches.permute(0, 2, 3, 1).contiguous(), is_last)
-        patches = self.refiner(patches, is_last)
-        spectrum = self.spectrum(spectrum, patches.shape[1])
-        log_magnitude = self.log_magnitude(log_magnitude, patches.shape[1])
-        refinement = head.refiner.to_bins(patches.permute(0, 3, 1, 2)).to(x.dtype)
-        magnitude = head.magnitude(log_magnitude + refinement)
-        return self.griffin_lim(spectrum[0], magnitude[0], is_last)
-
-
-class ExcitationStream:
-    """Computes pulses and noise frame by frame.
-
-    The window of a frame extends beyond the frame. After the centre of the frame, F0 and voicing
-    keep their values, so that the spectrum does not wait for later frames.
-    """
-
-    def __init__(self, head: HarmonicNoiseHead):
-        self.head = head
-        n_fft, hop_size, before = head.stft.n_fft, head.hop_size, head.stft.margins[0]
-        weights = head.pulse_train.weights
-        half = (hop_size + 1) // 2
-        # The samples of a window are known up to the centre of its frame; later ones are held.
-        self.known, self.rate = before + half, head.pulse_train.sampling_rate
-        self.held = torch.arange(n_fft - self.known, device=weights.device)
-        # Weights of the later frame, from the centre of one frame to the centre of the next.
-        self.later = torch.cat([weights[2, half:], weights[1, :half]])
-        # Index of the next frame, phase of the next sample, log F0 and voicing of the last frame,
-        # and the known samples that later windows also contain.
-        self.frame, self.phase, self.last, self.past = 0, None, None, None
-
-    def __call__(self, x: torch.Tensor) -> Excitation:
-        head, n = self.head, x.shape[1]
-        log_f0, aperiodicity = head.f0_aperiodicity(x.mT)
-        if n == 0:
-            nothing = aperiodicity.to(torch.promote_types(aperiodicity.dtype, torch.complex64))
-            return Excitation(nothing, nothing, aperiodicity)
-        tracks = torch.cat([log_f0, head.voicing(aperiodicity)])  # [2, n], float64
-        f0, phase, voicing = self.windows(tracks)
-        wrapped_phase, f0, voicing = (
-            each.to(x.dtype) for each in (phase - phase.round(), f0, voicing)
-        )
-        pulses = head.pulse_train(f0, wrapped_phase)
-        noise = self.noise(n) * head.burst_envelope(wrapped_phase, voicing)
-        self.frame += n
-        spectra = torch.fft.rfft(torch.stack([pulses, noise]) * head.stft.window)
-        return Excitation(spectra[:1], spectra[1:], aperiodicity)
-
-    def noise(self, count: int) -> torch.Tensor:
-        """Returns the noise in the windows of the next `count` frames, [count, n_fft]."""
-        hop_size, n_fft = self.head.hop_size, self.head.stft.n_fft
-        size = (count - 1) * hop_size + n_fft
-        return self.head.noise_from(self.frame, size).unfold(0, n_fft, hop_size)
-
-    def windows(self, tracks: torch.Tensor) -> torch.Tensor:
-        """Returns F0, unwrapped phase and voicing, [3, n, n_fft], in the windows of n new frames.
-
-        `tracks` [2, n] are log F0 and voicing at the centres of the frames.
-        """
-        hop_size, size = self.head.hop_size, self.known - self.head.hop_size
-        last = tracks[:, :1] if self.last is None else self.last
-        points = torch.cat([last, tracks], dim=1)
-        self.last = points[:, -1:]
-        f0, voicing = torch.lerp(points[:, :-1, None], points[:, 1:, None], self.later).flatten(1)
-        f0 = f0.exp()
-        increment = f0 / self.rate  # cycles per sample
-        if self.past is None:  # before the first centre, everything is constant
-            steps = torch.arange(size, device=f0.device) - self.head.stft.margins[0]
-            self.past = torch.stack(
-                [f0[:1].expand(size), increment[0] * steps, voicing[:1].expand(size)]
-            )
-            self.phase = increment[0] * (size - self.head.stft.margins[0])
-        phase = torch.cat([self.phase.view(1), self.phase + increment.cumsum(0)])
-        self.phase = phase[-1]
-        known = torch.cat([self.past, torch.stack([f0, phase[:-1], voicing])], dim=1)
-        self.past = known[:, known.shape[1] - size :]
-        centres = torch.stack([tracks[0].exp(), phase[hop_size::hop_size], tracks[1]])
-        held = centres[:, :, None].expand(-1, -1, len(self.held)).contiguous()
-        held[1] += held[0] / self.rate * self.held
-        return torch.cat([known.unfold(1, self.known, hop_size), held], dim=2)
-
-
-def stream_steps(head: HarmonicNoiseHead) -> int:
-    """Returns the number of Griffin-Lim steps each time that a frame is completed."""
-    return min(MAX_STREAM_STEPS, head.griffin_lim_steps)
-
-
-class GriffinLimStream:
-    """Griffin-Lim with a bounded look-ahead.
-
-    Frames are settled (completed) in order. A frame gets its steps together with the `lookahead`
-    frames after it; settled frames do not change.
-    """
-
-    def __init__(self, head: HarmonicNoiseHead, lookahead: int):
-        self.stft, self.lookahead = head.stft, lookahead
-        self.n_fft, self.hop_size = head.stft.n_fft, head.stft.hop_size
-        self.steps = stream_steps(head)
-        # Phase, previous spectrum, magnitude and floor of frames that are not settled.
-        self.pending: list[torch.Tensor] | None = None
-        # The overlap-added settled frames, from the start of the first pending window to their end.
-        self.tail = self.stft.window.new_zeros(self.n_fft - self.hop_size)
-        self.settled, self.normalisers = 0, {}
-        self.to_skip, self.to_return = self.stft.margins[0], 0
-
-    def __call__(
-        self, spectrum: torch.Tensor, magnitude: torch.Tensor, is_last: bool
-    ) -> torch.Tensor:
-        """Takes spectra and magnitudes [n, bins]; returns the final samples [N]."""
-        self.to_return += len(spectrum) * self.hop_size
-        floor = magnitude_floor(magnitude)
-        start = with_magnitude(spectrum, magnitude, floor)
-        self.append((start, start, magnitude, floor))
-        pieces, left = [], 0 if is_last else self.lookahead
-        while len(self.pending[0]) > left:
-            pieces.append(self.settle())
-        if is_last:
-            pieces.append(self.tail * self.normaliser(0)[: len(self.tail)])
-        wav = torch.cat(pieces) if pieces else self.tail[:0]
-        skipped = min(self.to_skip, len(wav))
-        self.to_skip -= skipped
-        wav = wav[skipped:][: self.to_return]
-        self.to_return -= len(wav)
-        return wav
-
-    def append(self, frames: Sequence[torch.Tensor]) -> None:
-        """Adds pending frames: phase, previous spectrum, magnitude, floor."""
-        old = self.pending
-        self.pending = (
-            [torch.cat(pair) for pair in zip(old, frames, strict=True)] if old else [*frames]
-        )
-
-    def settle(self) -> torch.Tensor:
-        """Settles the first pending frame; returns the hop of samples that it completes."""
-        window, hop_size = self.stft.window, self.hop_size
-        count = min(len(self.pending[0]), self.lookahead + 1)
-        phase, previous, magnitude, floor = (x[:count] for x in self.pending)
-        normaliser = self.normaliser(count)
-        for _ in range(self.steps):
-            wav = self.overlap_add(with_magnitude(phase, magnitude, floor)) * normaliser
-            spectrum = torch.fft.rfft(wav.unfold(0, self.n_fft, hop_size) * window)
-            phase = torch.lerp(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
-            previous = spectrum
-        wav = self.overlap_add(with_magnitude(phase[:1], magnitude[:1], floor[:1]))
-        later = [x[count:] for x in self.pending]
-        self.pending = [phase[1:], previous[1:], magnitude[1:], floor[1:]]
-        if len(later[0]):
-            self.append(later)
-        piece = wav[:hop_size] * self.normaliser(1)[:hop_size]
-        self.tail = wav[hop_size:]
-        self.settled += 1
-        return piece
-
-    def overlap_add(self, spectrum: torch.Tensor) -> torch.Tensor:
-        """Adds pending frames [n, bins] to the settled ones: [(n - 1) * hop_size + n_fft]."""
-        frames = torch.fft.irfft(spectrum, n=self.n_fft) * self.stft.window
-        size = (len(frames) - 1) * self.hop_size + self.n_fft
-        wav = F.fold(frames.T, (1, size), kernel_size=(1, self.n_fft), stride=(1, self.hop_size))
-        wav = wav.flatten()
-        wav[: len(self.tail)] += self.tail
-        return wav
-
-    def normaliser(self, pending: int) -> torch.Tensor:
-        """Returns one over the sum of squared windows where `pending` frames follow the settled."""
-        stft, hop_size = self.stft, self.hop_size
-        settled = min(self.settled, stft.overlap)
-        if (settled, pending) not in self.normalisers:
-            window = stft.window.expand(1, settled + pending, -1)
-            total = stft.overlap_add(window, stft.window)[0, settled * hop_size :]
-            total = total[: max(0, pending - 1) * hop_size + self.n_fft]
-            total = total.clamp(min=MIN_WINDOW_SUM).reciprocal()
-            self.normalisers[settled, pending] = total
-        return self.normalisers[settled, pending]
+    def __call__(self, patches: np.ndarray, is_last: bool) -> np.ndarray:
+        """Returns the refinements [m, patches * PATCH_BINS] that are final."""
+        bias = self.linear_post.bias
+        x = torch.from_numpy(patches).to(bias.device, bias.dtype).unsqueeze(0)
+        x = self.units(self.conv_pre(x, is_last), is_last)
+        x = self.linear_post(F.leaky_relu(x[0], LRELU_SLOPE)).flatten(1)
+        return x.float().numpy(force=True) if x.dtype == torch.bfloat16 else x.numpy(force=True)
