@@ -4,17 +4,14 @@ harmonic.py has the equations. Two things differ. After the centre of a frame, i
 and voicing, so that the spectrum does not wait for later frames. And Griffin-Lim settles one frame
 after the other, with a bounded look-ahead.
 
-All but the refiner is in NumPy. A frame takes two hundred small operations, and NumPy's functions
-start three times as fast as PyTorch's, which computes in streaming.py what has many weights.
+All is in NumPy, see stream_layers.py.
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import scipy.fft
 import scipy.special
-import torch
 
 from harmonic import (
     BURST_RMS,
@@ -23,42 +20,35 @@ from harmonic import (
     EPSILON,
     GRIFFIN_LIM_MOMENTUM,
     LOG_MAG_SCALE,
+    LRELU_SLOPE,
     MIN_WINDOW_SUM,
     PATCH_BINS,
     PHASE_SOFTNESS,
     HarmonicNoiseHead,
 )
+from stream_layers import Conv3x3Stream, Delay, ResidualStream, leaky_relu, linear, to_array
 
 GRIFFIN_LIM_LOOKAHEAD = 3  # frames
 MAX_STREAM_STEPS = 4  # of Griffin-Lim, for each frame and each frame of look-ahead
 
 
 class HarmonicStream:
-    """Streams a HarmonicNoiseHead.
+    """Streams a HarmonicNoiseHead; Griffin-Lim looks `lookahead` frames ahead."""
 
-    Args:
-        refiner: takes the next patches [n, patches, channels], and whether they are the last;
-            returns the refinements [m, bins in patches] that are final.
-        lookahead: of Griffin-Lim, in frames.
-    """
-
-    def __init__(
-        self,
-        head: HarmonicNoiseHead,
-        refiner: Callable[[np.ndarray, bool], np.ndarray],
-        lookahead: int,
-    ):
-        self.head, self.refiner = head, refiner
+    def __init__(self, head: HarmonicNoiseHead, lookahead: int):
+        self.head = head
         self.excitation, self.griffin_lim = (
             ExcitationStream(head),
             GriffinLimStream(head, lookahead),
         )
-        self.filterbank, self.mel_to_bins = to_numpy(head.filterbank), to_numpy(head.mel_to_bins)
-        self.log_f0_candidates = to_numpy(head.log_f0_candidates)
+        self.filterbank, self.mel_to_bins = to_array(head.filterbank), to_array(head.mel_to_bins)
+        self.log_f0_candidates = to_array(head.log_f0_candidates)
         self.ends = np.cumsum(head.splits)
-        # What waits for the network's look-ahead, and for the refiner's.
-        self.mel = np.zeros((0, self.filterbank.shape[1]), np.float32)
-        self.unrefined: list[np.ndarray] | None = None
+        refiner = head.refiner
+        self.refiner_pre = Conv3x3Stream(refiner.conv_pre)
+        self.refiner = ResidualStream(refiner.units(), Conv3x3Stream)
+        self.linear_post = to_array(refiner.linear_post.weight), to_array(refiner.linear_post.bias)
+        self.mel, self.spectrum, self.log_magnitude = Delay(), Delay(), Delay()
 
     @property
     def latency(self) -> int:
@@ -67,26 +57,21 @@ class HarmonicStream:
         window = math.ceil(stft.margins[0] / stft.hop_size)
         return window + self.griffin_lim.lookahead + self.head.refiner.receptive_field[1]
 
-    def __call__(self, x: torch.Tensor, mel: torch.Tensor, is_last: bool) -> torch.Tensor:
+    def __call__(self, x: np.ndarray, mel: np.ndarray, is_last: bool) -> np.ndarray:
         """Takes features [1, n, C] and frames of the mel [1, m, num_mels]; returns samples [N]."""
-        features, n = to_numpy(x[0]), x.shape[1]
-        self.mel = np.concatenate([self.mel, to_numpy(mel[0])])
-        mel, self.mel = self.mel[:n], self.mel[n:]
-        spectrum, log_magnitude, patches = self.spectrum(features, mel)
-        refinement = self.refiner(patches, is_last)
-        spectrum, log_magnitude = self.aligned([spectrum, log_magnitude], len(refinement))
+        head, mel = self.head, self.mel(mel, x.shape[1])  # the mel is ahead of x by the look-ahead of the network
+        spectrum, log_magnitude, patches = self.unrefined(x[0], mel[0])
+        patches = self.refiner(self.refiner_pre(patches[None], is_last), is_last)
+        patches = leaky_relu(patches[0], LRELU_SLOPE)
+        refinement = linear(patches, *self.linear_post)
+        refinement = refinement.reshape(len(patches), PATCH_BINS * head.refiner.patches)
+        spectrum = self.spectrum(spectrum[None], len(patches))[0]
+        log_magnitude = self.log_magnitude(log_magnitude[None], len(patches))[0]
         log_magnitude[:, : refinement.shape[1]] += refinement
-        magnitude = np.exp(np.minimum(log_magnitude, self.head.max_log_magnitude))
-        return torch.from_numpy(self.griffin_lim(spectrum, magnitude, is_last)).to(x.device)
+        magnitude = np.exp(np.minimum(log_magnitude, head.max_log_magnitude))
+        return self.griffin_lim(spectrum, magnitude, is_last)
 
-    def aligned(self, arrays: list[np.ndarray], count: int) -> list[np.ndarray]:
-        """Appends frames to those that wait for the refiner; takes the first `count` out."""
-        if self.unrefined is not None:
-            arrays = [np.concatenate(pair) for pair in zip(self.unrefined, arrays, strict=True)]
-        self.unrefined = [x[count:] for x in arrays]
-        return [x[:count] for x in arrays]
-
-    def spectrum(
+    def unrefined(
         self, features: np.ndarray, mel: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns `HarmonicNoiseHead.unrefined` of n frames.
@@ -103,7 +88,7 @@ class HarmonicStream:
         pulses, noise = self.excitation(log_f0, voicing)
         spectrum = np.sqrt(1 - aperiodicity * aperiodicity) * pulses + aperiodicity * noise
         magnitude = magnitude_of(spectrum)
-        mel = head.log_amplitude_scale * np.maximum(mel, head.min_log_mel)
+        mel = head.log_amplitude_scale * mel
         bands = magnitude if head.mel_power == 1 else magnitude * magnitude
         log_mel = np.log(np.maximum(bands @ self.filterbank, head.mel_floor)) / head.mel_power
         gain, mel_bins = np.stack([mel - log_mel, mel]) @ self.mel_to_bins
@@ -128,9 +113,9 @@ class ExcitationStream:
         self.known = self.before + half
         self.held = np.arange(self.n_fft - self.known)
         # Weights of the later frame, from the centre of one frame to the centre of the next.
-        weights = to_numpy(head.pulse_train.weights)
+        weights = to_array(head.pulse_train.weights)
         self.later = np.concatenate([weights[2, half:], weights[1, :half]])
-        self.noise, self.window = to_numpy(head.noise), to_numpy(head.stft.window)
+        self.noise, self.window = to_array(head.noise), to_array(head.stft.window)
         self.samples = np.arange(self.n_fft) - self.before
         # Index of the next frame, phase of the next sample, log F0 and voicing of the last frame,
         # and pulses and noise envelope of the known samples that later windows also contain.
@@ -205,7 +190,7 @@ class GriffinLimStream:
 
     def __init__(self, head: HarmonicNoiseHead, lookahead: int):
         stft = head.stft
-        self.window, self.overlap = to_numpy(stft.window), stft.overlap
+        self.window, self.overlap = to_array(stft.window), stft.overlap
         self.n_fft, self.hop_size, self.lookahead = stft.n_fft, stft.hop_size, lookahead
         self.steps = stream_steps(head)
         # Phase, previous spectrum and magnitude of frames that are not settled.
@@ -279,11 +264,6 @@ class GriffinLimStream:
             total = total[settled * self.hop_size :][: (pending - 1) * self.hop_size + self.n_fft]
             self.normalisers[key] = 1 / np.maximum(total, MIN_WINDOW_SUM)
         return self.normalisers[key]
-
-
-def to_numpy(x: torch.Tensor) -> np.ndarray:
-    """Returns the values of a tensor, without a copy if it is on the CPU."""
-    return x.numpy(force=True)
 
 
 def to_patches(maps: list[np.ndarray], conditioning: np.ndarray, patches: int) -> np.ndarray:
