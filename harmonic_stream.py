@@ -26,7 +26,15 @@ from harmonic import (
     PHASE_SOFTNESS,
     HarmonicNoiseHead,
 )
-from stream_layers import Conv3x3Stream, Delay, ResidualStream, leaky_relu, linear, to_array
+from stream_layers import (
+    Conv3x3Stream,
+    Delay,
+    ResidualStream,
+    leaky_relu,
+    linear,
+    strided,
+    to_array,
+)
 
 GRIFFIN_LIM_LOOKAHEAD = 3  # frames
 MAX_STREAM_STEPS = 4  # of Griffin-Lim, for each frame and each frame of look-ahead
@@ -59,7 +67,10 @@ class HarmonicStream:
 
     def __call__(self, x: np.ndarray, mel: np.ndarray, is_last: bool) -> np.ndarray:
         """Takes features [1, n, C] and frames of the mel [1, m, num_mels]; returns samples [N]."""
-        head, mel = self.head, self.mel(mel, x.shape[1])  # the mel is ahead of x by the look-ahead of the network
+        head, mel = (
+            self.head,
+            self.mel(mel, x.shape[1]),
+        )  # the mel is ahead of x by the look-ahead of the network
         spectrum, log_magnitude, patches = self.unrefined(x[0], mel[0])
         patches = self.refiner(self.refiner_pre(patches[None], is_last), is_last)
         patches = leaky_relu(patches[0], LRELU_SLOPE)
@@ -83,7 +94,8 @@ class HarmonicStream:
             features[:, end - size : end] for end, size in zip(self.ends, head.splits, strict=True)
         )
         aperiodicity = scipy.special.expit(aperiodicity)
-        log_f0 = scipy.special.softmax(f0.astype(np.float64), axis=1) @ self.log_f0_candidates
+        weights = np.exp(f0.astype(np.float64) - f0.max(1, keepdims=True))
+        log_f0 = weights @ self.log_f0_candidates / weights.sum(1)
         voicing = 1 - aperiodicity[:, : head.voicing_bins].mean(1)
         pulses, noise = self.excitation(log_f0, voicing)
         spectrum = np.sqrt(1 - aperiodicity * aperiodicity) * pulses + aperiodicity * noise
@@ -230,9 +242,7 @@ class GriffinLimStream:
         floor, normaliser = floor_of(magnitude), self.normaliser(count)
         for _ in range(self.steps):
             wav = self.overlap_add(with_magnitude(phase, magnitude, floor)) * normaliser
-            step = wav.strides[0]
-            strides = (hop_size * step, step)
-            windows = np.lib.stride_tricks.as_strided(wav, (count, self.n_fft), strides)
+            windows = strided(wav, (count, self.n_fft), (hop_size, 1))
             spectrum = scipy.fft.rfft(windows * self.window)
             phase = previous + (1 + GRIFFIN_LIM_MOMENTUM) * (spectrum - previous)
             previous = spectrum
