@@ -45,10 +45,8 @@ class HarmonicStream:
 
     def __init__(self, head: HarmonicNoiseHead, lookahead: int):
         self.head = head
-        self.excitation, self.griffin_lim = (
-            ExcitationStream(head),
-            GriffinLimStream(head, lookahead),
-        )
+        self.excitation = ExcitationStream(head)
+        self.griffin_lim = GriffinLimStream(head, lookahead)
         self.filterbank, self.mel_to_bins = to_array(head.filterbank), to_array(head.mel_to_bins)
         self.log_f0_candidates = to_array(head.log_f0_candidates)
         self.ends = np.cumsum(head.splits)
@@ -67,20 +65,20 @@ class HarmonicStream:
 
     def __call__(self, x: np.ndarray, mel: np.ndarray, is_last: bool) -> np.ndarray:
         """Takes features [1, n, C] and frames of the mel [1, m, num_mels]; returns samples [N]."""
-        head, mel = (
-            self.head,
-            self.mel(mel, x.shape[1]),
-        )  # the mel is ahead of x by the look-ahead of the network
+        mel = self.mel(mel, x.shape[1])  # it is ahead of x by the look-ahead of the network
         spectrum, log_magnitude, patches = self.unrefined(x[0], mel[0])
-        patches = self.refiner(self.refiner_pre(patches[None], is_last), is_last)
-        patches = leaky_relu(patches[0], LRELU_SLOPE)
-        refinement = linear(patches, *self.linear_post)
-        refinement = refinement.reshape(len(patches), PATCH_BINS * head.refiner.patches)
-        spectrum = self.spectrum(spectrum[None], len(patches))[0]
-        log_magnitude = self.log_magnitude(log_magnitude[None], len(patches))[0]
+        refinement = self.refine(patches, is_last)
+        spectrum = self.spectrum(spectrum[None], len(refinement))[0]
+        log_magnitude = self.log_magnitude(log_magnitude[None], len(refinement))[0]
         log_magnitude[:, : refinement.shape[1]] += refinement
-        magnitude = np.exp(np.minimum(log_magnitude, head.max_log_magnitude))
+        magnitude = np.exp(np.minimum(log_magnitude, self.head.max_log_magnitude))
         return self.griffin_lim(spectrum, magnitude, is_last)
+
+    def refine(self, patches: np.ndarray, is_last: bool) -> np.ndarray:
+        """Takes patches [n, patches, channels]; returns final refinements [m, bins in patches]."""
+        x = self.refiner(self.refiner_pre(patches[None], is_last), is_last)[0]
+        x = linear(leaky_relu(x, LRELU_SLOPE), *self.linear_post)
+        return x.reshape(len(x), PATCH_BINS * self.head.refiner.patches)
 
     def unrefined(
         self, features: np.ndarray, mel: np.ndarray
@@ -241,7 +239,8 @@ class GriffinLimStream:
         phase, previous, magnitude = (x[:count] for x in self.pending)
         floor, normaliser = floor_of(magnitude), self.normaliser(count)
         for _ in range(self.steps):
-            wav = self.overlap_add(with_magnitude(phase, magnitude, floor)) * normaliser
+            wav = self.overlap_add(with_magnitude(phase, magnitude, floor))
+            wav *= normaliser
             windows = strided(wav, (count, self.n_fft), (hop_size, 1))
             spectrum = scipy.fft.rfft(windows * self.window)
             phase = previous + (1 + GRIFFIN_LIM_MOMENTUM) * (spectrum - previous)
@@ -249,7 +248,8 @@ class GriffinLimStream:
         wav = self.overlap_add(with_magnitude(phase[:1], magnitude[:1], floor[:1]))
         later = [x[count:] for x in self.pending]
         self.pending = [phase[1:], previous[1:], magnitude[1:]]
-        self.append(later)
+        if len(later[0]) > 0:
+            self.append(later)
         self.tail = wav[hop_size:]
         piece = wav[:hop_size] * self.normaliser(1)[:hop_size]
         self.settled += 1
@@ -257,7 +257,8 @@ class GriffinLimStream:
 
     def overlap_add(self, spectrum: np.ndarray) -> np.ndarray:
         """Adds pending frames [n, bins] to the settled ones: [(n - 1) * hop_size + n_fft]."""
-        frames = scipy.fft.irfft(spectrum, self.n_fft) * self.window
+        frames = scipy.fft.irfft(spectrum, self.n_fft)
+        frames *= self.window
         wav = np.zeros((len(frames) - 1) * self.hop_size + self.n_fft, frames.dtype)
         wav[: len(self.tail)] = self.tail
         for i, frame in enumerate(frames):
@@ -298,4 +299,5 @@ def with_magnitude(x: np.ndarray, magnitude: np.ndarray, floor: np.ndarray) -> n
     power *= power
     power *= 1 - PHASE_SOFTNESS
     power += floor
-    return x * (magnitude / np.sqrt(power))
+    np.sqrt(power, out=power)
+    return x * np.divide(magnitude, power, out=power)
