@@ -4,7 +4,7 @@ harmonic.py has the equations. Two things differ. After the centre of a frame, i
 and voicing, so that the spectrum does not wait for later frames. And Griffin-Lim settles one frame
 after the other, with a bounded look-ahead.
 
-All is in NumPy, see stream_layers.py.
+It computes in NumPy; stream_layers.py says why.
 """
 
 import math

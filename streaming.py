@@ -11,7 +11,7 @@ its position in the noise, and the frames that Griffin-Lim has not completed.
 
 The samples do not depend on how the mel is cut. With a tanh or an iSTFT head they equal those of
 the whole mel, to rounding. Frame-rate generators run Griffin-Lim frame by frame with a bounded
-look-ahead instead of over the whole mel.
+look-ahead instead of over the whole mel. They compute in NumPy, on the CPU.
 """
 
 from functools import partial
@@ -58,8 +58,7 @@ class Streamer:
     def reset(self) -> None:
         """Clears the state: the next frame is the first of a new mel."""
         generator = self.generator
-        convert = to_array if self.is_frame_rate else to_tensor
-        stream = partial(ConvStream, convert=convert)
+        stream = partial(ConvStream, convert=to_array if self.is_frame_rate else to_tensor)
         self.conv_pre = stream(generator.conv_pre)
         self.stages = [StageStream(up, blocks, stream) for up, blocks in generator.stages()]
         is_padded = isinstance(generator.pad_post, nn.ReflectionPad1d)
