@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from harmonic import HarmonicNoiseHead
+from harmonic_stream import GRIFFIN_LIM_LOOKAHEAD, stream_steps
 from models import POST_LRELU_SLOPE, Generator, ISTFTHead
 from onnx_graph import (
     LRELU_SLOPE,
@@ -23,7 +24,6 @@ from onnx_graph import (
     WithMagnitude,
     extrapolate,
 )
-from streaming import GRIFFIN_LIM_LOOKAHEAD, stream_steps
 
 UNKNOWN = 2**40  # frames, as the length of a mel that has not ended
 

@@ -11,31 +11,29 @@ its position in the noise, and the frames that Griffin-Lim has not completed.
 
 The samples do not depend on how the mel is cut. With a tanh or an iSTFT head they equal those of
 the whole mel, to rounding. Frame-rate generators run Griffin-Lim frame by frame with a bounded
-look-ahead instead of over the whole mel.
+look-ahead instead of over the whole mel. They compute in NumPy, on the CPU.
 """
 
-import math
-from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from harmonic import (
-    GRIFFIN_LIM_MOMENTUM,
-    LRELU_SLOPE,
-    MIN_WINDOW_SUM,
-    Conv3x3,
-    Excitation,
-    HarmonicNoiseHead,
-    magnitude_floor,
-    with_magnitude,
+from harmonic import LRELU_SLOPE, HarmonicNoiseHead
+from harmonic_stream import GRIFFIN_LIM_LOOKAHEAD, HarmonicStream
+from models import POST_LRELU_SLOPE, Generator, ISTFTHead, TanhHead
+from stream_layers import (
+    ConvStream,
+    Signal,
+    StageStream,
+    UpsamplingStream,
+    leaky_relu,
+    to_array,
+    to_tensor,
 )
-from models import MISR, POST_LRELU_SLOPE, Generator, ISTFTHead, TanhHead, time_padding
 
-GRIFFIN_LIM_LOOKAHEAD = 3  # frames
-MAX_STREAM_STEPS = 4  # of Griffin-Lim, for each frame and each frame of look-ahead
+MAX_ARRAY_FRAMES = 32  # that are computed at a time in NumPy
 
 
 class Streamer:
@@ -54,16 +52,18 @@ class Streamer:
         self.generator = generator
         self.griffin_lim_lookahead = griffin_lim_lookahead
         self.num_mels = generator.conv_pre.in_channels
+        self.is_frame_rate = isinstance(generator.head, HarmonicNoiseHead)
         self.reset()
 
     def reset(self) -> None:
         """Clears the state: the next frame is the first of a new mel."""
         generator = self.generator
-        self.conv_pre = ConvStream(generator.conv_pre)
-        self.stages = [StageStream(up, blocks) for up, blocks in generator.stages()]
+        stream = partial(ConvStream, convert=to_array if self.is_frame_rate else to_tensor)
+        self.conv_pre = stream(generator.conv_pre)
+        self.stages = [StageStream(up, blocks, stream) for up, blocks in generator.stages()]
         is_padded = isinstance(generator.pad_post, nn.ReflectionPad1d)
         self.pad_post = ReflectedStart() if is_padded else None
-        self.conv_post = ConvStream(generator.conv_post)
+        self.conv_post = stream(generator.conv_post)
         self.head = head_stream(generator.head, self.griffin_lim_lookahead)
         self.frames, self.to_skip = 0, generator.lead
 
@@ -99,14 +99,27 @@ class Streamer:
 
     @torch.inference_mode()
     def _advance(self, mel: torch.Tensor, is_last: bool) -> torch.Tensor:
-        generator = self.generator
-        self.frames += mel.shape[1]
-        mel = mel.T.to(generator.conv_post.bias.device).unsqueeze(0)
-        x = mel if generator.min_log_mel is None else mel.clamp(min=generator.min_log_mel)
-        x = self.conv_pre(x.to(generator.conv_pre.bias.dtype), is_last)
+        generator, frames = self.generator, mel.shape[1]
+        bias, device = generator.conv_pre.bias, generator.conv_post.bias.device
+        self.frames += frames
+        mel = mel.T[None]
+        if not self.is_frame_rate:
+            return self._synthesize(mel.to(device, bias.dtype), is_last)
+        mel = np.maximum(to_array(mel).astype(self.conv_pre.matrix.dtype), generator.min_log_mel)
+        wavs = []
+        for first in range(0, max(1, frames), MAX_ARRAY_FRAMES):
+            later = first + MAX_ARRAY_FRAMES
+            wavs.append(self._synthesize(mel[:, first:later], is_last and later >= frames))
+        return torch.from_numpy(np.concatenate(wavs)).to(device)
+
+    def _synthesize(self, mel: Signal, is_last: bool) -> Signal:
+        """Takes frames [1, n, num_mels] of the mel; returns the samples [N] that are final."""
+        x = self.conv_pre(mel, is_last)
         for stage in self.stages:
-            x = stage(F.leaky_relu(x, LRELU_SLOPE), is_last)
-        x = F.leaky_relu(x, POST_LRELU_SLOPE).to(generator.conv_post.bias.dtype)
+            x = stage(leaky_relu(x, LRELU_SLOPE), is_last)
+        x = leaky_relu(x, POST_LRELU_SLOPE)
+        if not self.is_frame_rate:
+            x = x.to(self.conv_post.bias.dtype)
         if self.pad_post is not None:
             x = self.pad_post(x)
         wav = self.head(self.conv_post(x, is_last), mel, is_last)
@@ -136,181 +149,9 @@ def as_mel(mel: torch.Tensor | np.ndarray, num_mels: int) -> torch.Tensor:
     if mel.dim() != 2 or mel.shape[0] != num_mels:
         raise ValueError(f"mel of shape {shape}: expected [{num_mels}, T] or [1, {num_mels}, T]")
     mel = mel.float()  # 1e39 becomes infinite
-    if not mel.isfinite().all():
+    if not np.isfinite(mel.numpy(force=True)).all():
         raise ValueError("mel holds NaN or infinity")
     return mel
-
-
-# ------------------------------------------------------------------------------------------ layers
-#
-# Each is called with the next piece x [B, n, C] (of the refiner: [B, n, patches, C]), n >= 0, and
-# returns the outputs that are final. After the piece with is_last=True, all have been returned.
-
-
-class ConvStream:
-    """Runs a convolution that keeps the length, of models.py or harmonic.py, piece by piece.
-
-    Short pieces are computed as one matrix product. For them, the convolutions of CPU libraries
-    take longer to start than to compute.
-    """
-
-    MAX_PRODUCT = 2**18  # elements of the matrix of windows
-
-    def __init__(self, conv: nn.Module):
-        self.bias, self.weight = conv.bias, conv.weight.flatten(2)
-        self.before, self.after = time_padding(conv)[:2]
-        self.dilation, self.taps = conv.dilation[0], conv.kernel_size[0]
-        self.matrix = conv.weight.movedim(1, -1).flatten(1)  # [C_out, taps * C_in]
-        self.past = None
-
-    def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        context = self.before + self.after
-        if context == 0:
-            return F.linear(x, self.matrix, self.bias)
-        pieces = [x if self.past is None else self.past, x]
-        if self.past is None:
-            pieces[0] = x.new_zeros(x.shape[0], self.before, *x.shape[2:])
-        if is_last:
-            pieces.append(x.new_zeros(x.shape[0], self.after, *x.shape[2:]))
-        x = torch.cat(pieces, dim=1)
-        self.past = x[:, max(0, x.shape[1] - context) :]
-        return self.convolve(x, max(0, x.shape[1] - context))
-
-    def convolve(self, x: torch.Tensor, count: int) -> torch.Tensor:
-        """Returns the `count` outputs whose taps all lie in x [B, n, C]."""
-        (B, _, C), (batch_stride, stride, _) = x.shape, x.stride()
-        if B * count * self.taps * C > self.MAX_PRODUCT:
-            x, weight = x.mT.unsqueeze(2), self.weight.unsqueeze(2)  # channels-last, height 1
-            y = F.conv2d(x, weight, self.bias, dilation=(1, self.dilation))
-            return y.squeeze(2).mT
-        shape = (B, count, self.taps, C)
-        windows = x.as_strided(shape, (batch_stride, stride, self.dilation * stride, 1))
-        return F.linear(windows.flatten(2), self.matrix, self.bias)
-
-
-class Conv3x3Stream(ConvStream):
-    """Runs a Conv3x3 piece by piece on x [1, n, patches, C]."""
-
-    def __init__(self, conv: Conv3x3):
-        super().__init__(conv)
-        self.conv, self.frequency_dilation = conv, conv.dilation[1]
-
-    def convolve(self, x: torch.Tensor, count: int) -> torch.Tensor:
-        """Returns the `count` outputs whose taps all lie in x [1, n, patches, C]."""
-        d, (_, _, P, C) = self.frequency_dilation, x.shape
-        if count * P * 9 * C > self.MAX_PRODUCT:
-            conv = self.conv
-            y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, 1, (0, d), (1, d))
-            return y.permute(0, 2, 3, 1)
-        x = F.pad(x, (0, 0, d, d))
-        row = (P + 2 * d) * C
-        windows = x.as_strided((1, count, P, 3, 3, C), (0, row, C, row, d * C, 1))
-        return F.linear(windows.flatten(3), self.matrix, self.bias)
-
-
-class Delay:
-    """Buffers pieces [B, n, ...] to align them with the output of a slower layer."""
-
-    def __init__(self):
-        self.kept = None
-
-    def __call__(self, x: torch.Tensor, count: int) -> torch.Tensor:
-        """Appends x and takes the first `count` positions out."""
-        if self.kept is not None:
-            x = torch.cat([self.kept, x], dim=1)
-        self.kept = x[:, count:] if count < x.shape[1] else None
-        return x[:, :count]
-
-
-class ResidualStream:
-    """Runs residual units: x + conv(lrelu(conv(lrelu(x)))), or with one convolution."""
-
-    def __init__(self, units: Sequence[Sequence[nn.Module]], stream: type = ConvStream):
-        self.units = [([stream(conv) for conv in unit], Delay()) for unit in units]
-
-    def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        for convs, delay in self.units:
-            y = x
-            for conv in convs:
-                y = conv(F.leaky_relu(y, LRELU_SLOPE), is_last)
-            x = delay(x, y.shape[1]) + y
-        return x
-
-
-class MISRStream:
-    """Runs a MISR: the shared block keeps the past of its N inputs, a batch of N."""
-
-    def __init__(self, misr: MISR):
-        self.num_inputs = misr.num_inputs
-        self.input_conv = ConvStream(misr.input_conv)
-        self.resblock = ResidualStream(misr.resblock.units())
-        self.output_conv = None if misr.output_conv is None else ConvStream(misr.output_conv)
-
-    def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        y = self.input_conv(x, is_last).unflatten(2, (self.num_inputs, -1))
-        y = self.resblock(y[0].transpose(0, 1).contiguous(), is_last)
-        if self.output_conv is None:
-            return y.mean(0, keepdim=True)
-        return self.output_conv(y.transpose(0, 1).flatten(1).unsqueeze(0), is_last)
-
-
-class MRFStream:
-    """Runs the residual blocks of an MRF, whose outputs come after different delays."""
-
-    def __init__(self, blocks: Sequence[nn.Module]):
-        self.blocks = [(ResidualStream(block.units()), Delay()) for block in blocks]
-        self.waiting = [0] * len(self.blocks)
-
-    def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        outputs = [block(x, is_last) for block, _ in self.blocks]
-        ready = [n + y.shape[1] for n, y in zip(self.waiting, outputs, strict=True)]
-        count = min(ready)
-        self.waiting = [n - count for n in ready]
-        delays = [delay for _, delay in self.blocks]
-        aligned = [delay(y, count) for delay, y in zip(delays, outputs, strict=True)]
-        return sum(aligned) / len(aligned)
-
-
-class UpsamplingStream:
-    """Runs a transposed convolution: outputs are final once no later input reaches them."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rate: int, padding: int):
-        C, self.channels, self.kernel_size = weight.shape
-        self.bias, self.rate, self.padding, self.to_skip = bias, rate, padding, padding
-        self.hops = math.ceil(self.kernel_size / rate)  # outputs of one input, in hops of `rate`
-        weight = F.pad(weight, (0, self.hops * rate - self.kernel_size))
-        self.matrix = weight.permute(2, 1, 0).reshape(-1, C)  # [hops * rate * C_out, C]
-        self.tail = weight.new_zeros(self.hops - 1, rate * self.channels)
-
-    def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        n, rate, hops = x.shape[1], self.rate, self.hops
-        frames = F.linear(x[0], self.matrix).unflatten(1, (hops, -1))
-        y = frames.new_zeros(n + hops - 1, frames.shape[2])
-        y[: hops - 1] += self.tail
-        for k in range(hops):
-            y[k : k + n] += frames[:, k]
-        self.tail = y[n:]
-        y = y.view(1, (n + hops - 1) * rate, self.channels)
-        count = n * rate
-        if is_last:
-            count += self.kernel_size - rate - self.padding
-        y = y[:, min(self.to_skip, count) : count]
-        self.to_skip -= count - y.shape[1]
-        return y if self.bias is None else y + self.bias
-
-
-class StageStream:
-    """Runs a stage of the generator: upsampling, if any, and a fusion block."""
-
-    def __init__(self, up: nn.Module, blocks: Sequence[nn.Module]):
-        self.up = None
-        if isinstance(up, nn.ConvTranspose1d):
-            self.up = UpsamplingStream(up.weight, up.bias, rate=up.stride[0], padding=up.padding[0])
-        is_misr = isinstance(blocks[0], MISR)
-        self.fusion = MISRStream(blocks[0]) if is_misr else MRFStream(blocks)
-
-    def __call__(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        return self.fusion(x if self.up is None else self.up(x, is_last), is_last)
 
 
 class ReflectedStart:
@@ -365,200 +206,3 @@ class ISTFTStream:
         wav = self.overlap_add(self.head.to_spectrum(x.mT).mT, is_last)
         window_sum = self.window_sum(torch.ones_like(x[:, :, :1]), is_last)
         return (wav / window_sum).flatten()
-
-
-class HarmonicStream:
-    """Streams a HarmonicNoiseHead, with Griffin-Lim frame by frame."""
-
-    def __init__(self, head: HarmonicNoiseHead, lookahead: int):
-        self.head = head
-        self.excitation = ExcitationStream(head)
-        self.refiner_pre = Conv3x3Stream(head.refiner.conv_pre)
-        self.refiner = ResidualStream(head.refiner.units(), stream=Conv3x3Stream)
-        self.griffin_lim = GriffinLimStream(head, lookahead)
-        self.mel, self.spectrum, self.log_magnitude = Delay(), Delay(), Delay()
-
-    @property
-    def latency(self) -> int:
-        """The number of frames of x after its own that a sample waits for."""
-        stft = self.head.stft
-        window = math.ceil(stft.margins[0] / stft.hop_size)
-        return window + self.griffin_lim.lookahead + self.head.refiner.receptive_field[1]
-
-    def __call__(self, x: torch.Tensor, mel: torch.Tensor, is_last: bool) -> torch.Tensor:
-        head = self.head
-        mel = self.mel(mel, x.shape[1])  # the mel is ahead of x by the look-ahead of the network
-        excitation = self.excitation(x)
-        spectrum, log_magnitude, patches = head.unrefined(x.mT, mel.mT, excitation)
-        patches = self.refiner_pre(patches.permute(0, 2, 3, 1).contiguous(), is_last)
-        patches = self.refiner(patches, is_last)
-        spectrum = self.spectrum(spectrum, patches.shape[1])
-        log_magnitude = self.log_magnitude(log_magnitude, patches.shape[1])
-        refinement = head.refiner.to_bins(patches.permute(0, 3, 1, 2)).to(x.dtype)
-        magnitude = head.magnitude(log_magnitude + refinement)
-        return self.griffin_lim(spectrum[0], magnitude[0], is_last)
-
-
-class ExcitationStream:
-    """Computes pulses and noise frame by frame.
-
-    The window of a frame extends beyond the frame. After the centre of the frame, F0 and voicing
-    keep their values, so that the spectrum does not wait for later frames.
-    """
-
-    def __init__(self, head: HarmonicNoiseHead):
-        self.head = head
-        n_fft, hop_size, before = head.stft.n_fft, head.hop_size, head.stft.margins[0]
-        weights = head.pulse_train.weights
-        half = (hop_size + 1) // 2
-        # The samples of a window are known up to the centre of its frame; later ones are held.
-        self.known, self.rate = before + half, head.pulse_train.sampling_rate
-        self.held = torch.arange(n_fft - self.known, device=weights.device)
-        # Weights of the later frame, from the centre of one frame to the centre of the next.
-        self.later = torch.cat([weights[2, half:], weights[1, :half]])
-        # Index of the next frame, phase of the next sample, log F0 and voicing of the last frame,
-        # and the known samples that later windows also contain.
-        self.frame, self.phase, self.last, self.past = 0, None, None, None
-
-    def __call__(self, x: torch.Tensor) -> Excitation:
-        head, n = self.head, x.shape[1]
-        log_f0, aperiodicity = head.f0_aperiodicity(x.mT)
-        if n == 0:
-            nothing = aperiodicity.to(torch.promote_types(aperiodicity.dtype, torch.complex64))
-            return Excitation(nothing, nothing, aperiodicity)
-        tracks = torch.cat([log_f0, head.voicing(aperiodicity)])  # [2, n], float64
-        f0, phase, voicing = self.windows(tracks)
-        wrapped_phase, f0, voicing = (
-            each.to(x.dtype) for each in (phase - phase.round(), f0, voicing)
-        )
-        pulses = head.pulse_train(f0, wrapped_phase)
-        noise = self.noise(n) * head.burst_envelope(wrapped_phase, voicing)
-        self.frame += n
-        spectra = torch.fft.rfft(torch.stack([pulses, noise]) * head.stft.window)
-        return Excitation(spectra[:1], spectra[1:], aperiodicity)
-
-    def noise(self, count: int) -> torch.Tensor:
-        """Returns the noise in the windows of the next `count` frames, [count, n_fft]."""
-        hop_size, n_fft = self.head.hop_size, self.head.stft.n_fft
-        size = (count - 1) * hop_size + n_fft
-        return self.head.noise_from(self.frame, size).unfold(0, n_fft, hop_size)
-
-    def windows(self, tracks: torch.Tensor) -> torch.Tensor:
-        """Returns F0, unwrapped phase and voicing, [3, n, n_fft], in the windows of n new frames.
-
-        `tracks` [2, n] are log F0 and voicing at the centres of the frames.
-        """
-        hop_size, size = self.head.hop_size, self.known - self.head.hop_size
-        last = tracks[:, :1] if self.last is None else self.last
-        points = torch.cat([last, tracks], dim=1)
-        self.last = points[:, -1:]
-        f0, voicing = torch.lerp(points[:, :-1, None], points[:, 1:, None], self.later).flatten(1)
-        f0 = f0.exp()
-        increment = f0 / self.rate  # cycles per sample
-        if self.past is None:  # before the first centre, everything is constant
-            steps = torch.arange(size, device=f0.device) - self.head.stft.margins[0]
-            self.past = torch.stack(
-                [f0[:1].expand(size), increment[0] * steps, voicing[:1].expand(size)]
-            )
-            self.phase = increment[0] * (size - self.head.stft.margins[0])
-        phase = torch.cat([self.phase.view(1), self.phase + increment.cumsum(0)])
-        self.phase = phase[-1]
-        known = torch.cat([self.past, torch.stack([f0, phase[:-1], voicing])], dim=1)
-        self.past = known[:, known.shape[1] - size :]
-        centres = torch.stack([tracks[0].exp(), phase[hop_size::hop_size], tracks[1]])
-        held = centres[:, :, None].expand(-1, -1, len(self.held)).contiguous()
-        held[1] += held[0] / self.rate * self.held
-        return torch.cat([known.unfold(1, self.known, hop_size), held], dim=2)
-
-
-def stream_steps(head: HarmonicNoiseHead) -> int:
-    """Returns the number of Griffin-Lim steps each time that a frame is completed."""
-    return min(MAX_STREAM_STEPS, head.griffin_lim_steps)
-
-
-class GriffinLimStream:
-    """Griffin-Lim with a bounded look-ahead.
-
-    Frames are settled (completed) in order. A frame gets its steps together with the `lookahead`
-    frames after it; settled frames do not change.
-    """
-
-    def __init__(self, head: HarmonicNoiseHead, lookahead: int):
-        self.stft, self.lookahead = head.stft, lookahead
-        self.n_fft, self.hop_size = head.stft.n_fft, head.stft.hop_size
-        self.steps = stream_steps(head)
-        # Phase, previous spectrum, magnitude and floor of frames that are not settled.
-        self.pending: list[torch.Tensor] | None = None
-        # The overlap-added settled frames, from the start of the first pending window to their end.
-        self.tail = self.stft.window.new_zeros(self.n_fft - self.hop_size)
-        self.settled, self.normalisers = 0, {}
-        self.to_skip, self.to_return = self.stft.margins[0], 0
-
-    def __call__(
-        self, spectrum: torch.Tensor, magnitude: torch.Tensor, is_last: bool
-    ) -> torch.Tensor:
-        """Takes spectra and magnitudes [n, bins]; returns the final samples [N]."""
-        self.to_return += len(spectrum) * self.hop_size
-        floor = magnitude_floor(magnitude)
-        start = with_magnitude(spectrum, magnitude, floor)
-        self.append((start, start, magnitude, floor))
-        pieces, left = [], 0 if is_last else self.lookahead
-        while len(self.pending[0]) > left:
-            pieces.append(self.settle())
-        if is_last:
-            pieces.append(self.tail * self.normaliser(0)[: len(self.tail)])
-        wav = torch.cat(pieces) if pieces else self.tail[:0]
-        skipped = min(self.to_skip, len(wav))
-        self.to_skip -= skipped
-        wav = wav[skipped:][: self.to_return]
-        self.to_return -= len(wav)
-        return wav
-
-    def append(self, frames: Sequence[torch.Tensor]) -> None:
-        """Adds pending frames: phase, previous spectrum, magnitude, floor."""
-        old = self.pending
-        self.pending = (
-            [torch.cat(pair) for pair in zip(old, frames, strict=True)] if old else [*frames]
-        )
-
-    def settle(self) -> torch.Tensor:
-        """Settles the first pending frame; returns the hop of samples that it completes."""
-        window, hop_size = self.stft.window, self.hop_size
-        count = min(len(self.pending[0]), self.lookahead + 1)
-        phase, previous, magnitude, floor = (x[:count] for x in self.pending)
-        normaliser = self.normaliser(count)
-        for _ in range(self.steps):
-            wav = self.overlap_add(with_magnitude(phase, magnitude, floor)) * normaliser
-            spectrum = torch.fft.rfft(wav.unfold(0, self.n_fft, hop_size) * window)
-            phase = torch.lerp(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
-            previous = spectrum
-        wav = self.overlap_add(with_magnitude(phase[:1], magnitude[:1], floor[:1]))
-        later = [x[count:] for x in self.pending]
-        self.pending = [phase[1:], previous[1:], magnitude[1:], floor[1:]]
-        if len(later[0]):
-            self.append(later)
-        piece = wav[:hop_size] * self.normaliser(1)[:hop_size]
-        self.tail = wav[hop_size:]
-        self.settled += 1
-        return piece
-
-    def overlap_add(self, spectrum: torch.Tensor) -> torch.Tensor:
-        """Adds pending frames [n, bins] to the settled ones: [(n - 1) * hop_size + n_fft]."""
-        frames = torch.fft.irfft(spectrum, n=self.n_fft) * self.stft.window
-        size = (len(frames) - 1) * self.hop_size + self.n_fft
-        wav = F.fold(frames.T, (1, size), kernel_size=(1, self.n_fft), stride=(1, self.hop_size))
-        wav = wav.flatten()
-        wav[: len(self.tail)] += self.tail
-        return wav
-
-    def normaliser(self, pending: int) -> torch.Tensor:
-        """Returns one over the sum of squared windows where `pending` frames follow the settled."""
-        stft, hop_size = self.stft, self.hop_size
-        settled = min(self.settled, stft.overlap)
-        if (settled, pending) not in self.normalisers:
-            window = stft.window.expand(1, settled + pending, -1)
-            total = stft.overlap_add(window, stft.window)[0, settled * hop_size :]
-            total = total[: max(0, pending - 1) * hop_size + self.n_fft]
-            total = total.clamp(min=MIN_WINDOW_SUM).reciprocal()
-            self.normalisers[settled, pending] = total
-        return self.normalisers[settled, pending]

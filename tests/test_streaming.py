@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from env import load_config
-from inference import load_generator
+from harmonic import PhaseState
+from harmonic_stream import GRIFFIN_LIM_LOOKAHEAD, HarmonicStream
+from inference import load_generator, to_inference
 from meldataset import LogMelSpectrogram
 from models import Generator
-from streaming import GRIFFIN_LIM_LOOKAHEAD, Streamer
+from streaming import Streamer
 from tests.conftest import new_generator, random_mel
 from tools.toy import ROOT, speech_like, write_config
 
@@ -84,6 +86,37 @@ def test_the_samples_of_a_frame_rate_stream_do_not_depend_on_the_cuts(tmp_path, 
         assert (wav - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
+def test_with_a_steady_voice_a_frame_rate_stream_has_the_spectra_of_the_whole(tmp_path):
+    head = frame_rate_generator(tmp_path).head
+    x = torch.randn(1, head.in_channels, 1).double().expand(-1, -1, 12)
+    mel = random_mel(12)[None].double()
+    expected = head.unrefined(x, mel, head.excitation(x, PhaseState()))
+    refined = head.refiner(expected[2])
+    stream, arrays, refinements = HarmonicStream(head, GRIFFIN_LIM_LOOKAHEAD), [], []
+    for first, last in ((0, 1), (1, 6), (6, 12)):
+        piece = [each[0, :, first:last].T.numpy() for each in (x, mel)]
+        arrays.append(stream.unrefined(*piece))
+        refinements.append(stream.refine(arrays[-1][2], is_last=last == 12))
+    spectrum, log_magnitude, patches = (
+        np.concatenate(parts) for parts in zip(*arrays, strict=True)
+    )
+    assert np.abs(spectrum - expected[0][0].numpy()).max() < 1e-6
+    assert np.abs(log_magnitude - expected[1][0].numpy()).max() < 1e-6
+    assert np.abs(patches - expected[2][0].permute(1, 2, 0).numpy()).max() < 1e-6
+    refinement = np.concatenate(refinements)
+    assert np.abs(refinement - refined[0, :, : refinement.shape[1]].numpy()).max() < 1e-6
+
+
+def test_a_frame_rate_stream_in_half_precision_is_near_to_full_precision(tmp_path):
+    mel, h = random_mel(12), load_config(write_config(tmp_path / "config.json", FRAME_RATE))
+    generator = to_inference(Generator(h), torch.device("cpu"), "fp32")
+    expected = Streamer(generator).flush(mel)
+    wav = Streamer(to_inference(generator, torch.device("cpu"), "bf16")).flush(mel)
+    assert wav.dtype == torch.float32
+    log_mel = LogMelSpectrogram(h, h.fmax)
+    assert (log_mel(wav[None]) - log_mel(expected[None])).abs().mean() < 0.1
+
+
 def test_a_frame_rate_stream_has_the_bounded_look_ahead_it_states(tmp_path):
     generator = frame_rate_generator(tmp_path, lookahead_frames=3)
     streamer, mel = Streamer(generator), random_mel(40)
@@ -123,12 +156,14 @@ def test_several_streams_share_a_generator_and_a_flush_starts_a_new_mel(generato
 
 
 def kept_elements(thing, seen: set[int]) -> int:
-    """Counts the elements of all tensors that a streamer's objects hold."""
+    """Counts the elements of all tensors and arrays that a streamer's objects hold."""
     if id(thing) in seen or isinstance(thing, torch.nn.Module):
         return 0
     seen.add(id(thing))
     if torch.is_tensor(thing):
         return thing.numel()
+    if isinstance(thing, np.ndarray):
+        return thing.size
     inner = thing.values() if isinstance(thing, dict) else thing
     if not isinstance(thing, dict | list | tuple):
         inner = vars(thing).values() if hasattr(thing, "__dict__") else ()

@@ -231,23 +231,26 @@ def inference_row(config: str, seconds: int, device: torch.device, limits: Limit
 
 
 def stream_row(config: str, seconds: int, frames: int, device: torch.device) -> Row:
-    """Returns a row of the table of streams: a mel of `seconds`, fed `frames` frames at a time."""
+    """Returns a row of the table of streams: a mel of `seconds`, fed `frames` frames at a time.
+
+    The speed is that of the median piece.
+    """
     h = load_config(config)
     mel = random_mel(h, seconds)
     streamer, pieces = Streamer(new_generator(h, device, "fp32")), mel.split(frames, dim=1)
-    streamer.feed(pieces[0])  # warms up
-    streamer.flush()
-    begin = time.perf_counter()
-    samples = sum(len(streamer.feed(piece).cpu()) for piece in pieces)
-    samples += len(streamer.flush().cpu())
-    audio_seconds = samples / h.sampling_rate
+    times = []
+    for piece in pieces:
+        begin = time.perf_counter()
+        streamer.feed(piece).cpu()
+        times.append(time.perf_counter() - begin)
+    warm = times[math.ceil(streamer.latency / frames) + 1 : -1] or times
     return {
         "config": config,
         "threads": torch.get_num_threads(),
         "audio (s)": seconds,
         "frames at a time": frames,
         "latency (ms)": 1000 * streamer.latency * h.hop_size / h.sampling_rate,
-        "times real time": audio_seconds / (time.perf_counter() - begin),
+        "times real time": frames * h.hop_size / h.sampling_rate / statistics.median(warm),
     }
 
 
