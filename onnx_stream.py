@@ -117,12 +117,16 @@ class StreamGenerator(nn.Module):
         self.pads = isinstance(generator.pad_post, nn.ReflectionPad1d)
         self.head = None
         if isinstance(generator.head, HarmonicNoiseHead):
-            self.head = HarmonicStream(self.graph.head)
+            self.head = self.harmonic_stream(self.graph.head)
         state = State()
         with torch.no_grad():
             wav = self.run(torch.zeros(1, h.num_mels, frames), state)
         self.state_names, self.latency_samples = state.names, wav.delay
         self.initial_state = tuple(torch.zeros_like(tensor) for tensor in state.next)
+
+    def harmonic_stream(self, head) -> "HarmonicStream":
+        """Returns the stream of a frame-rate head."""
+        return HarmonicStream(head)
 
     def forward(self, mel: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         state = State(tensors)
