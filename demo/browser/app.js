@@ -9,7 +9,7 @@ const TRACKS = ["original", "copy"];
 const PARTS = { mel: "mel", network: "network", griffinLim: "Griffin-Lim", rest: "rest" };
 
 const element = id => document.getElementById(id);
-const { runtime, models } = await (await fetch("models.json")).json();
+const { runtime, bytes: runtimeBytes, models } = await (await fetch("models.json")).json();
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
 const { sampling_rate: rate, num_mels: numMels, hop_size: hop } = Object.values(models)[0].mel;
 const player = new Player(rate);
@@ -31,20 +31,23 @@ const fail = error => say(error.message, true);
 
 // ------------------------------------------------------------------------------------------ model
 
+const megabytes = bytes => `${(bytes / 1e6).toFixed(1)} MB`;
+
 for (const [name, { bytes, note }] of Object.entries(models)) {
   const label = document.createElement("label");
   const input = Object.assign(document.createElement("input"), { type: "radio", name: "model", value: name });
   input.checked = !element("models").childElementCount;
   input.onchange = () => loadModel(name);
-  label.append(input, name, Object.assign(document.createElement("small"), { textContent: note }));
+  label.append(input, name, Object.assign(document.createElement("small"), { textContent: `${note}, ${megabytes(bytes)}` }));
   element("models").append(label);
 }
 
 function loadModel(name) {
   const { bytes } = models[name];
-  say("Loading the vocoder");
+  say(`Loading the vocoder, ${megabytes(runtimeBytes + bytes)}`);
+  player.pause();
   controls.forEach(control => { control.disabled = true; });
-  element("size").textContent = `${(bytes / 1e6).toFixed(1)} MB`;
+  element("size").textContent = megabytes(bytes);
   element("kind").textContent = name;
   send({ load: models[name], runtime });
 }
@@ -139,6 +142,7 @@ document.ondrop = event => {
 function vocode() {
   const { name, wav, mel } = source, frames = (mel ? mel.length / numMels : Math.floor(wav.length / hop));
   const samples = frames * hop;
+  element("kind-of-source").textContent = mel ? "Mel" : "Recording";
   player.load({
     original: wav && { samples: wav, size: wav.length },
     copy: { samples: new Float32Array(samples), size: 0 },
@@ -174,7 +178,9 @@ function ready({ threads }) {
   controls.forEach(control => { control.disabled = false; });
   element("threads").textContent = threads > 1 ? `, ${threads} threads` : ", one thread";
   say("Ready");
-  if (source) vocode();
+  if (!source) return;
+  begun = performance.now();
+  vocode();
 }
 
 /** Plays the copy, unless the browser waits for a click before it plays sound. */
@@ -189,7 +195,7 @@ function startPlaying() {
 function finish(seconds) {
   const { samples } = player.tracks.copy, length = samples.length / rate;
   seconds.rest = seconds.total - seconds.mel - seconds.network - seconds.griffinLim;
-  element("speed").textContent = (length / seconds.total).toFixed(1);
+  element("speed").textContent = `${(length / seconds.total).toFixed(1)}×`;
   Object.entries(PARTS).forEach(([part, name], i) => {
     const swatch = Object.assign(document.createElement("i"), { style: `background: var(--part-${i + 1})` });
     const bar = swatch.cloneNode(), item = document.createElement("li");

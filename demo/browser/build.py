@@ -30,7 +30,6 @@ from inference import load_generator
 from meldataset import mel_filterbank
 from models import Generator
 from onnx_stream import Clock, HarmonicStream, State, StreamGenerator
-from streaming import GRIFFIN_LIM_LOOKAHEAD, stream_steps
 from utils import command_line, command_parser, say
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +42,7 @@ RUNTIME_FILES = (
     "ort-wasm-simd-threaded.mjs",
     "ort-wasm-simd-threaded.wasm",
 )
-FRAMES = 16  # in a piece; docs/onnx.md has the speed of others
+FRAMES = 32  # in a piece; docs/onnx.md has the speed of others
 
 
 class SpectrumStream(HarmonicStream):
@@ -98,7 +97,7 @@ def export(generator: Generator, h: Config, path: Path) -> dict:
         "file": path.name,
         "bytes": path.stat().st_size,
         "frames": FRAMES,
-        "delay": (stream.latency_samples - margin) // h.hop_size - GRIFFIN_LIM_LOOKAHEAD,
+        "delay": (stream.latency_samples - margin) // h.hop_size - stream.head.lookahead,
         "state": {
             name: {"shape": [*tensor.shape], "type": str(tensor.dtype).removeprefix("torch.")}
             for name, tensor in zip(names, stream.initial_state, strict=True)
@@ -107,8 +106,8 @@ def export(generator: Generator, h: Config, path: Path) -> dict:
         "griffin_lim": {
             "n_fft": h.n_fft,
             "hop_size": h.hop_size,
-            "steps": stream_steps(generator.head),
-            "lookahead": GRIFFIN_LIM_LOOKAHEAD,
+            "steps": stream.head.steps,
+            "lookahead": stream.head.lookahead,
             "momentum": GRIFFIN_LIM_MOMENTUM,
             "softness": PHASE_SOFTNESS,
             "epsilon": EPSILON,
@@ -154,8 +153,8 @@ def fetch_runtime(folder: Path) -> None:
 
 def build(output: Path) -> None:
     """Writes the page and all that it loads into the folder `output`."""
-    runtime = RUNTIME.partition("@")[2]
-    fetch_runtime(output / f"onnxruntime-{runtime}")
+    runtime = output / RUNTIME.replace("@", "-")
+    fetch_runtime(runtime)
     for path in Path(__file__).parent.iterdir():
         if path.suffix in PAGE_TYPES:
             shutil.copy(path, output)
@@ -164,7 +163,8 @@ def build(output: Path) -> None:
         name: {"note": note} | export(*load_generator(checkpoint(name)), output / f"{name}.onnx")
         for name, note in MODELS.items()
     }
-    about = {"runtime": f"onnxruntime-{runtime}", "models": models}
+    size = sum((runtime / name).stat().st_size for name in RUNTIME_FILES)
+    about = {"runtime": runtime.name, "bytes": size, "models": models}
     (output / "models.json").write_text(json.dumps(about))
 
 

@@ -52,9 +52,10 @@ export class RealFFT {
       b[j] = -(imK + imM + oddRe);
     }
     this.transform();
+    const scale = 1 / this.n;
     for (let i = 0; i < half; i++) {
-      x[2 * i] = a[i] / this.n;
-      x[2 * i + 1] = -b[i] / this.n;
+      x[2 * i] = a[i] * scale;
+      x[2 * i + 1] = -b[i] * scale;
     }
   }
 

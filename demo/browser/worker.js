@@ -6,6 +6,9 @@
  */
 import { Vocoder } from "./vocoder.js";
 
+const WARM_UP_FRAMES = 96;
+const noSeconds = () => ({ mel: 0, network: 0, griffinLim: 0 });
+
 let ort, vocoder, current;
 
 onmessage = async ({ data }) => {
@@ -20,14 +23,23 @@ onmessage = async ({ data }) => {
 
 async function load({ id, load, runtime }) {
   ort ??= await import(new URL(`${runtime}/ort.wasm.min.mjs`, import.meta.url));
+  vocoder?.session.release();
   vocoder = await Vocoder.load(ort, load, import.meta.url);
+  await warmUp();
   postMessage({ id, ready: true, threads: ort.env.wasm.numThreads });
+}
+
+/** Vocodes silence, so that the browser compiles the hot parts before they are needed. */
+async function warmUp() {
+  const { mel } = vocoder, silence = new Float32Array(WARM_UP_FRAMES * mel.hop);
+  const framesOf = (first, stop) => mel.compute(silence, first, stop);
+  for await (const _ of vocoder.stream(framesOf, WARM_UP_FRAMES, noSeconds()));
 }
 
 async function vocode({ id, wav, mel, frames }) {
   const begun = performance.now(), { mel: logMel } = vocoder, { numMels } = logMel;
   const total = frames ?? logMel.frames(wav.length), copy = new Copy(logMel, total);
-  const seconds = { mel: 0, network: 0, griffinLim: 0 };
+  const seconds = noSeconds();
   let known = [];
   const framesOf = (first, stop) =>
     (known = mel ? mel.subarray(first * numMels, stop * numMels) : logMel.compute(wav, first, stop));
