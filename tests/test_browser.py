@@ -15,7 +15,6 @@ import torch
 from audio import load_wav
 from demo.browser import build
 from env import UserError
-from export_onnx import MAX_LOG_MEL_DIFFERENCE
 from harmonic import EPSILON, GRIFFIN_LIM_MOMENTUM, MIN_WINDOW_SUM, PHASE_SOFTNESS
 from inference import Streamer, load_generator
 from meldataset import LogMelSpectrogram
@@ -65,9 +64,9 @@ def browser(site):
         yield opened
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(browser, address):
-    """The page, ready, on the screen of a small phone. It must have no error and no other host."""
+    """The page on the screen of a small phone. It must cause no error and ask no other host."""
     context = browser.new_context(viewport={"width": 360, "height": 740})
     page, errors, requests = context.new_page(), [], []
     page.on("pageerror", lambda error: errors.append(error))
@@ -78,6 +77,25 @@ def page(browser, address):
     context.close()
     assert errors == []
     assert [url for url in requests if not url.startswith((address, "blob:"))] == []
+
+
+@pytest.fixture(scope="module")
+def scripts(browser, address):
+    """A document that can import the scripts of the page, without the page."""
+    page = browser.new_page()
+    page.goto(f"{address}models.json")
+    yield page
+    page.close()
+
+
+def play_example(page, focus_and_press: bool = False) -> None:
+    page.evaluate("document.querySelector('#status').textContent = ''")
+    if focus_and_press:
+        page.focus("#example")
+        page.keyboard.press("Enter")
+    else:
+        page.click("#example")
+    wait_for(page, "The example: 4.3 s vocoded in")
 
 
 def wait_for(page, text: str) -> None:
@@ -101,10 +119,11 @@ def run(page, script: str, *arrays: np.ndarray) -> np.ndarray:
         """async ([script, texts]) => {
             const bytes = text => Uint8Array.from(atob(text), x => x.charCodeAt(0));
             const x = texts.map(text => new Float32Array(bytes(text).buffer));
-            const models = (await (await fetch("models.json")).json()).models;
+            const { models, runtime } = await (await fetch("models.json")).json();
             const load = name => import(new URL(name, location));
             const run = Object.getPrototypeOf(async () => {}).constructor;
-            const found = await run("x", "about", "load", script)(x, models.frame_v3, load);
+            const names = ["x", "about", "runtime", "load"];
+            const found = await run(...names, script)(x, models.frame_v3, runtime, load);
             const chunks = [], view = new Uint8Array(new Float32Array(found).buffer);
             for (let i = 0; i < view.length; i += 8192)
                 chunks.push(String.fromCharCode(...view.subarray(i, i + 8192)));
@@ -135,17 +154,19 @@ def wav_of_page(page) -> np.ndarray:
 
 
 @pytest.mark.parametrize("samples", [95_488, 256, 400, 1000])
-def test_the_mel_equals_pythons(page, vocoder, samples):
+def test_the_mel_equals_pythons(scripts, vocoder, samples):
     wav = load_wav(build.CLIP, RATE)[-samples:]
     script = """
         const { LogMel } = await load("mel.js");
         const mel = new LogMel(about.mel), T = mel.frames(x[0].length);
         const first = Math.floor(T / 3);
         return [...mel.compute(x[0], 0, first), ...mel.compute(x[0], first, T)];"""
-    # Near the floor, float32 rounds the mel by more than that.
+    # In float64, because float32 rounds the mel by more than that near the floor.
     h = vocoder[1].h
-    expected = LogMelSpectrogram(h, h.fmax).double()(wav.double()[None])[0].T
-    mel = run(page, script, wav.numpy()).reshape(expected.shape)
+    log_mel = LogMelSpectrogram(h, h.fmax).double()
+    log_mel.window = torch.hann_window(h.win_size, dtype=torch.float64)
+    expected = log_mel(wav.double()[None])[0].T
+    mel = run(scripts, script, wav.numpy()).reshape(expected.shape)
     np.testing.assert_allclose(mel, expected, atol=1e-4)
 
 
@@ -181,7 +202,7 @@ def griffin_lim(spectra: np.ndarray, magnitude: np.ndarray, steps: int, lookahea
 
 
 @pytest.mark.parametrize("frames", [1, 3, 12])
-def test_griffin_lim_equals_its_plain_form(page, frames):
+def test_griffin_lim_equals_its_plain_form(scripts, frames):
     random = np.random.default_rng(0)
     parts = random.standard_normal((3, frames, N_FFT // 2 + 1)).astype(np.float32)
     script = """
@@ -193,35 +214,63 @@ def test_griffin_lim_equals_its_plain_form(page, frames):
             samples.push(...griffinLim.feed(...x.map(part => part.subarray(i, i + bins))));
         return [...samples, ...griffinLim.flush()];"""
     parts[2] = np.abs(parts[2])
-    wav = run(page, script, *parts)
+    wav = run(scripts, script, *parts)
     re, im, magnitude = parts.astype(np.float64)
     expected = griffin_lim(re + 1j * im, magnitude, steps=4, lookahead=3)
     np.testing.assert_allclose(wav, expected, atol=1e-6)
 
 
-def assert_same_speech(vocoder, wav: np.ndarray, expected: np.ndarray) -> None:
-    """Griffin-Lim magnifies rounding, so that the mels are compared, as export_onnx.py does."""
-    assert len(wav) == len(expected)
-    mels = [vocoder[1](torch.tensor(each, dtype=torch.float32)[None]) for each in (wav, expected)]
-    assert float((mels[0] - mels[1]).abs().mean()) < MAX_LOG_MEL_DIFFERENCE
-    assert np.sqrt(np.mean((wav - expected) ** 2)) < 0.1 * np.sqrt(np.mean(expected**2))
+def test_samples_without_griffin_lim_equal_pythons(scripts, vocoder):
+    """Griffin-Lim would magnify rounding; it is compared above, and by its sensitivity below."""
+    mel = vocoder[1](load_wav(build.CLIP, RATE)[None])[0, :, :101]
+    script = """
+        const ort = await load(`${runtime}/ort.wasm.min.mjs`);
+        const { Vocoder } = await load("vocoder.js");
+        about.griffin_lim.steps = 0;
+        const vocoder = await Vocoder.load(ort, about, location), samples = [];
+        const framesOf = (first, stop) => x[0].subarray(80 * first, 80 * stop);
+        const seconds = { mel: 0, network: 0, griffinLim: 0 };
+        for await (const piece of vocoder.stream(framesOf, x[0].length / 80, seconds))
+            samples.push(...piece);
+        return samples;"""
+    wav = run(scripts, script, mel.T.numpy())
+    expected = stream(vocoder, mel, steps=0)
+    assert np.abs(expected).max() > 0.3
+    np.testing.assert_allclose(wav, expected, atol=1e-3)
 
 
-def stream(vocoder, mel: torch.Tensor) -> np.ndarray:
+def stream(vocoder, mel: torch.Tensor, steps: int | None = None) -> np.ndarray:
     """Returns Python's samples of a mel [num_mels, T]."""
     streamer = Streamer(vocoder[0])
+    if steps is not None:
+        streamer.head.griffin_lim.steps = steps
     return torch.cat([streamer.feed(mel), streamer.flush()]).clamp(-1, 1).numpy()
+
+
+def decibels(wav: np.ndarray, expected: np.ndarray) -> float:
+    """Returns the ratio of signal to difference."""
+    return 10 * np.log10(np.sum(expected**2) / np.sum((wav - expected) ** 2))
+
+
+def assert_equal_speech(vocoder, wav: np.ndarray, mel: torch.Tensor) -> None:
+    """The page differs from Python by as much as Python does when the mel changes by 1e-6."""
+    expected, changed = stream(vocoder, mel), stream(vocoder, mel * (1 + 1e-6))
+    assert len(wav) == len(expected)
+    assert decibels(wav, expected) > min(decibels(changed, expected), 60) - 6
 
 
 # ------------------------------------------------------------------------------ as a person uses it
 
 
 def test_the_example_by_keyboard(page, vocoder):
-    page.focus("#example")
-    page.keyboard.press("Enter")
-    wait_for(page, "The example: 4.3 s vocoded in")
-    wav = load_wav(build.CLIP, RATE)
-    assert_same_speech(vocoder, wav_of_page(page), stream(vocoder, vocoder[1](wav[None])[0]))
+    play_example(page, focus_and_press=True)
+    mel = vocoder[1](load_wav(build.CLIP, RATE)[None])[0]
+    # Chromium's decoder rounds, and F0 sums up the difference in the phase: mels are compared.
+    errors = [
+        float((vocoder[1](torch.tensor(wav)[None].float())[0] - mel).abs().mean())
+        for wav in (wav_of_page(page), stream(vocoder, mel))
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
     assert float(page.inner_text("#speed")[:-1]) > 0
     assert int(page.inner_text("#first").removesuffix(" ms")) > 0
     assert page.inner_text("#size") == "0.8 MB"
@@ -238,8 +287,7 @@ def test_the_example_by_keyboard(page, vocoder):
 
 
 def test_recording_and_copy_play_from_the_same_position(page):
-    page.click("#example")
-    wait_for(page, "vocoded in")
+    play_example(page)
     slider = page.get_by_label("Position in the copy")
     page.wait_for_selector("#play-copy[aria-pressed=false]")  # it plays to its end first
     slider.focus()
@@ -256,26 +304,13 @@ def test_recording_and_copy_play_from_the_same_position(page):
 def test_sound_begins_before_the_whole_is_computed(page, tmp_path):
     soundfile.write(tmp_path / "long.wav", np.tile(speech_like(5.0), 8), RATE)
     page.set_input_files("#file", tmp_path / "long.wav")
-    page.wait_for_function("document.querySelector('#first').textContent.endsWith('ms')")
-    assert page.inner_text("#status") == "long.wav: vocoding"
-    page.click("#example")  # ends the work on the other
-    wait_for(page, "The example: 4.3 s vocoded in")
-
-
-def test_a_mel_and_the_other_model(page, vocoder, tmp_path):
-    mel = vocoder[1](load_wav(build.CLIP, RATE)[None])[0, :, :101]
-    for name, array in (("c.npy", mel.double()[None]), ("f.npy", mel.T.contiguous().T)):
-        np.save(tmp_path / name, array.numpy())
-        page.set_input_files("#file", tmp_path / name)
-        wait_for(page, f"{name}: 1.2 s vocoded in")
-        assert_same_speech(vocoder, wav_of_page(page), stream(vocoder, mel))
-    assert page.is_disabled("#play-original")
-    before = wav_of_page(page)
-    page.check("[value=frame_v2]")
-    wait_for(page, "Loading")
-    wait_for(page, "f.npy: 1.2 s vocoded in")
-    assert page.inner_text("#kind") == "frame_v2"
-    assert np.abs(wav_of_page(page) - before).max() > 0.01
+    wait_for(page, "long.wav: vocoding")
+    status = page.wait_for_function(
+        "document.querySelector('#first').textContent.endsWith('ms') &&"
+        "document.querySelector('#status').textContent"
+    )
+    assert status.json_value() == "long.wav: vocoding"
+    play_example(page)  # ends the work on the other
 
 
 def test_the_microphone(page):
@@ -288,39 +323,55 @@ def test_the_microphone(page):
     assert page.inner_text("#record") == "Record"
 
 
-@pytest.mark.parametrize(
-    ("name", "contents", "reason"),
-    [
-        ("a.npy", np.zeros((80, 0)), "shape [80, 0]; expected [80, T] or [1, 80, T]"),
-        ("a.npy", np.zeros((9, 100)), "shape [9, 100]; expected [80, T] or [1, 80, T]"),
-        (
-            "a.npy",
-            np.zeros((100, 80)),
-            "shape [100, 80]; expected [80, T] or [1, 80, T]; "
-            "it looks transposed: swap its last two axes",
-        ),
-        ("a.npy", np.zeros((80, 9), int), "values of type <i8; expected float32 or float64"),
-        ("a.npy", np.full((80, 9), np.nan), "holds values that are NaN or infinite"),
-        ("a.npy", b"text", "not a .npy file"),
-        (
-            "a.wav",
-            b"text",
-            "cannot be decoded; expected audio that this browser plays, or a mel as .npy",
-        ),
-        ("a.wav", np.zeros(99), "99 samples; expected at least 256"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_one_line(page, tmp_path, name, contents, reason):
-    path = tmp_path / name
-    if isinstance(contents, bytes):
-        path.write_bytes(contents)
-    elif path.suffix == ".npy":
-        np.save(path, contents)
-    else:
-        soundfile.write(path, contents, RATE)
-    page.set_input_files("#file", path)
-    page.wait_for_selector("#status.error")
-    assert page.inner_text("#status") == f"{name}: {reason}"
+EXPECTED = "expected [80, T] or [1, 80, T]"
+BAD_FILES = [
+    ("a.npy", np.zeros((80, 0)), f"shape [80, 0]; {EXPECTED}"),
+    ("b.npy", np.zeros((9, 100)), f"shape [9, 100]; {EXPECTED}"),
+    (
+        "c.npy",
+        np.zeros((100, 80)),
+        f"shape [100, 80]; {EXPECTED}; it looks transposed: swap its last two axes",
+    ),
+    ("d.npy", np.zeros((80, 9), "i4"), "values of type <i4; expected float32 or float64"),
+    ("e.npy", np.full((80, 9), np.nan), "holds values that are NaN or infinite"),
+    ("f.npy", b"text", "not a .npy file"),
+    (
+        "g.wav",
+        b"text",
+        "cannot be decoded; expected audio that this browser plays, or a mel as .npy",
+    ),
+    ("h.wav", np.zeros(99), "99 samples; expected at least 256"),
+]
+
+
+def test_a_file_that_cannot_be_used_is_one_line(page, tmp_path):
+    for name, contents, reason in BAD_FILES:
+        path = tmp_path / name
+        if isinstance(contents, bytes):
+            path.write_bytes(contents)
+        elif path.suffix == ".npy":
+            np.save(path, contents)
+        else:
+            soundfile.write(path, contents, RATE)
+        page.set_input_files("#file", path)
+        page.wait_for_selector(f"#status.error:text('{name}')")
+        assert page.inner_text("#status") == f"{name}: {reason}"
+
+
+def test_a_mel_and_the_other_model(page, vocoder, tmp_path):
+    mel = vocoder[1](load_wav(build.CLIP, RATE)[None])[0]
+    for name, array in (("c.npy", mel.double()[None]), ("f.npy", mel.T.contiguous().T)):
+        np.save(tmp_path / name, array.numpy())
+        page.set_input_files("#file", tmp_path / name)
+        wait_for(page, f"{name}: 4.3 s vocoded in")
+        assert_equal_speech(vocoder, wav_of_page(page), mel)
+    assert page.is_disabled("#play-original")
+    before = wav_of_page(page)
+    page.check("[value=frame_v2]")
+    wait_for(page, "Loading")
+    wait_for(page, "f.npy: 4.3 s vocoded in")
+    assert page.inner_text("#kind") == "frame_v2"
+    assert np.abs(wav_of_page(page) - before).max() > 0.01
 
 
 # ---------------------------------------------------------------------------------- build and serve
