@@ -222,7 +222,7 @@ for (const track of TRACKS) {
 }
 
 function showPosition() {
-  if (player.isOver) player.pause();
+  if (player.isOver) player.rewind();
   for (const track of TRACKS) {
     sliders[track].value = player.position;
     buttons[track].setAttribute("aria-pressed", player.playing === track);

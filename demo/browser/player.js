@@ -13,8 +13,7 @@ export class Player {
 
   /** Replaces all tracks. */
   load(tracks) {
-    this.pause();
-    this.at = 0;
+    this.rewind();
     this.tracks = tracks;
   }
 
@@ -29,8 +28,7 @@ export class Player {
   /** Plays a track from where the last one is. Returns the seconds until its first sample sounds. */
   play(name) {
     this.pause();
-    const { context } = this, { samples } = this.tracks[name];
-    if (this.at >= samples.length / context.sampleRate) this.at = 0;
+    const { context } = this;
     this.playing = name;
     this.scheduled = Math.round(this.at * context.sampleRate);
     this.start = context.currentTime + LEAD - this.at;
@@ -58,6 +56,12 @@ export class Player {
     this.playing = null;
     this.sources.forEach(source => source.stop());
     this.sources = [];
+  }
+
+  /** Stops, and will start from the beginning. */
+  rewind() {
+    this.pause();
+    this.at = 0;
   }
 
   /** Continues, or will continue, so many seconds from the start. */
