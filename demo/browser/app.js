@@ -13,7 +13,9 @@ const { runtime, bytes: runtimeBytes, models } = await (await fetch("models.json
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
 const { sampling_rate: rate, num_mels: numMels, hop_size: hop } = Object.values(models)[0].mel;
 const player = new Player(rate);
-const pictures = Object.fromEntries(TRACKS.map(name => [name, new Spectrogram(element(name), numMels)]));
+const pictures = Object.fromEntries(
+  TRACKS.map(name => [name, new Spectrogram(element(name), numMels)]),
+);
 const sliders = Object.fromEntries(TRACKS.map(name => [name, element(name).nextElementSibling]));
 const buttons = Object.fromEntries(TRACKS.map(name => [name, element(`play-${name}`)]));
 const controls = [element("example"), element("record"), element("file")];
@@ -35,10 +37,18 @@ const megabytes = bytes => `${(bytes / 1e6).toFixed(1)} MB`;
 
 for (const [name, { bytes, note }] of Object.entries(models)) {
   const label = document.createElement("label");
-  const input = Object.assign(document.createElement("input"), { type: "radio", name: "model", value: name });
+  const input = Object.assign(document.createElement("input"), {
+    type: "radio",
+    name: "model",
+    value: name,
+  });
   input.checked = !element("models").childElementCount;
   input.onchange = () => loadModel(name);
-  label.append(input, name, Object.assign(document.createElement("small"), { textContent: `${note}, ${megabytes(bytes)}` }));
+  label.append(
+    input,
+    name,
+    Object.assign(document.createElement("small"), { textContent: `${note}, ${megabytes(bytes)}` }),
+  );
   element("models").append(label);
 }
 
@@ -46,7 +56,9 @@ function loadModel(name) {
   const { bytes } = models[name];
   say(`Loading the vocoder, ${megabytes(runtimeBytes + bytes)}`);
   player.pause();
-  controls.forEach(control => { control.disabled = true; });
+  controls.forEach(control => {
+    control.disabled = true;
+  });
   element("size").textContent = megabytes(bytes);
   element("kind").textContent = name;
   send({ load: models[name], runtime });
@@ -73,15 +85,18 @@ async function open(read) {
 }
 
 async function readFile(file) {
-  const { name } = file, bytes = await file.arrayBuffer();
+  const { name } = file,
+    bytes = await file.arrayBuffer();
   try {
-    return name.endsWith(".npy") ? { name, mel: parseMel(bytes, numMels) } : await decode(name, bytes);
+    return name.endsWith(".npy")
+      ? { name, mel: parseMel(bytes, numMels) }
+      : await decode(name, bytes);
   } catch (error) {
     throw Error(`${name}: ${error.message}`);
   }
 }
 
-/** Returns the samples of an audio file, resampled to the vocoder's rate and mixed to one channel. */
+/** Returns the samples of an audio file, at the vocoder's rate and mixed to one channel. */
 async function decode(name, bytes) {
   const decoding = new OfflineAudioContext(1, 1, rate).decodeAudioData(bytes);
   const audio = await decoding.catch(() => {
@@ -90,15 +105,18 @@ async function decode(name, bytes) {
   if (audio.length < hop) throw Error(`${audio.length} samples; expected at least ${hop}`);
   const wav = new Float32Array(audio.length);
   for (let c = 0; c < audio.numberOfChannels; c++)
-    audio.getChannelData(c).forEach((x, i) => { wav[i] += x / audio.numberOfChannels; });
+    audio.getChannelData(c).forEach((x, i) => {
+      wav[i] += x / audio.numberOfChannels;
+    });
   return { name, wav };
 }
 
-element("example").onclick = () => open(async () => {
-  const response = await fetch("clip.flac");
-  if (!response.ok) throw Error(`clip.flac: the server answers ${response.status}`);
-  return decode("The example", await response.arrayBuffer());
-});
+element("example").onclick = () =>
+  open(async () => {
+    const response = await fetch("clip.flac");
+    if (!response.ok) throw Error(`clip.flac: the server answers ${response.status}`);
+    return decode("The example", await response.arrayBuffer());
+  });
 
 element("file").onchange = ({ target }) => {
   const [file] = target.files;
@@ -116,7 +134,7 @@ element("record").onclick = async ({ target }) => {
       target.textContent = `Stop (${seconds} s)`;
       say("Recording");
     });
-    await open(() => decode("The recording", bytes));
+    open(() => decode("The recording", bytes));
   } catch (error) {
     fail(error);
   }
@@ -140,7 +158,8 @@ document.ondrop = event => {
 // ---------------------------------------------------------------------------------------- results
 
 function vocode() {
-  const { name, wav, mel } = source, frames = (mel ? mel.length / numMels : Math.floor(wav.length / hop));
+  const { name, wav, mel } = source,
+    frames = mel ? mel.length / numMels : Math.floor(wav.length / hop);
   const samples = frames * hop;
   element("kind-of-source").textContent = mel ? "Mel" : "Recording";
   player.load({
@@ -160,7 +179,8 @@ function vocode() {
   send({ wav, mel, frames });
 }
 
-worker.onerror = () => fail(Error("the vocoder does not start in this browser; expected a current one"));
+worker.onerror = () =>
+  fail(Error("the vocoder does not start in this browser; expected a current one"));
 worker.onmessage = async ({ data }) => {
   if (data.id !== job) return;
   if (data.error) fail(Error(data.error));
@@ -175,7 +195,9 @@ worker.onmessage = async ({ data }) => {
 };
 
 function ready({ threads }) {
-  controls.forEach(control => { control.disabled = false; });
+  controls.forEach(control => {
+    control.disabled = false;
+  });
   element("threads").textContent = threads > 1 ? `, ${threads} threads` : ", one thread";
   say("Ready");
   if (!source) return;
@@ -193,12 +215,16 @@ function startPlaying() {
 }
 
 function finish(seconds) {
-  const { samples } = player.tracks.copy, length = samples.length / rate;
+  const { samples } = player.tracks.copy,
+    length = samples.length / rate;
   seconds.rest = seconds.total - seconds.mel - seconds.network - seconds.griffinLim;
   element("speed").textContent = `${(length / seconds.total).toFixed(1)}×`;
   Object.entries(PARTS).forEach(([part, name], i) => {
-    const swatch = Object.assign(document.createElement("i"), { style: `background: var(--part-${i + 1})` });
-    const bar = swatch.cloneNode(), item = document.createElement("li");
+    const swatch = Object.assign(document.createElement("i"), {
+      style: `background: var(--part-${i + 1})`,
+    });
+    const bar = swatch.cloneNode(),
+      item = document.createElement("li");
     bar.style.flexGrow = seconds[part];
     element("bar").append(bar);
     item.append(swatch, `${name} ${Math.round(1000 * seconds[part])} ms`);

@@ -24,7 +24,11 @@ export class GriffinLim {
   /** Takes re, im and magnitude [bins] of the next frame; returns the samples that are final. */
   feed(re, im, magnitude) {
     const { softness, epsilon, lookahead, hop_size } = this.recipe;
-    const frame = { re: new Float64Array(re), im: new Float64Array(im), magnitude: new Float64Array(magnitude) };
+    const frame = {
+      re: new Float64Array(re),
+      im: new Float64Array(im),
+      magnitude: new Float64Array(magnitude),
+    };
     frame.floor = frame.magnitude.map(x => softness * x * x + epsilon ** 2);
     this.withMagnitude(frame, frame.re, frame.im);
     frame.lastRe = frame.re.slice();
@@ -53,8 +57,10 @@ export class GriffinLim {
 
   /** Settles the first pending frame; returns the hop of samples [hop_size] that it completes. */
   settle() {
-    const { steps, lookahead, hop_size, n_fft } = this.recipe, { wav } = this;
-    const frames = this.pending.slice(0, lookahead + 1), normaliser = this.normaliser(frames.length);
+    const { steps, lookahead, hop_size, n_fft } = this.recipe,
+      { wav } = this;
+    const frames = this.pending.slice(0, lookahead + 1),
+      normaliser = this.normaliser(frames.length);
     for (let step = 0; step < steps; step++) {
       this.overlapAdd(frames);
       multiply(wav, normaliser);
@@ -68,9 +74,10 @@ export class GriffinLim {
     return samples;
   }
 
-  /** Puts the spectrum at sample `first` of the waveform, extrapolated by the momentum, into a frame. */
+  /** Puts the spectrum at sample `first`, extrapolated by the momentum, into a frame. */
   extrapolate(frame, first) {
-    const { re: phaseRe, im: phaseIm, lastRe, lastIm } = frame, { re, im } = this;
+    const { re: phaseRe, im: phaseIm, lastRe, lastIm } = frame,
+      { re, im } = this;
     const scale = 1 + this.recipe.momentum;
     this.frame.set(this.wav.subarray(first, first + this.frame.length));
     this.fft.forward(multiply(this.frame, this.window), re, im);
@@ -82,11 +89,13 @@ export class GriffinLim {
     lastIm.set(im);
   }
 
-  /** Puts a frame's phase with its magnitude into `re` and `im`; bins that are too weak stay weak. */
+  /** Puts a frame's phase with its magnitude into `re` and `im`; weak bins stay weak. */
   withMagnitude(frame, re, im) {
-    const { re: phaseRe, im: phaseIm, magnitude, floor } = frame, share = 1 - this.recipe.softness;
+    const { re: phaseRe, im: phaseIm, magnitude, floor } = frame,
+      share = 1 - this.recipe.softness;
     for (let k = 0; k < re.length; k++) {
-      const x = phaseRe[k], y = phaseIm[k];
+      const x = phaseRe[k],
+        y = phaseIm[k];
       const gain = magnitude[k] / Math.sqrt(floor[k] + share * (x * x + y * y));
       re[k] = x * gain;
       im[k] = y * gain;
@@ -108,14 +117,18 @@ export class GriffinLim {
   /** One over the sum of squared windows where `pending` frames follow the settled ones. */
   normaliser(pending) {
     const { n_fft, hop_size, min_window_sum } = this.recipe;
-    const settled = Math.min(this.settled, n_fft / hop_size - 1), key = `${settled} ${pending}`;
+    const settled = Math.min(this.settled, n_fft / hop_size - 1),
+      key = `${settled} ${pending}`;
     if (!this.normalisers.has(key)) {
       const sum = new Float64Array(Math.max(0, pending - 1) * hop_size + n_fft);
       for (let t = -settled; t < pending; t++)
         this.window.forEach((x, i) => {
           if (t * hop_size + i >= 0) sum[t * hop_size + i] += x * x;
         });
-      this.normalisers.set(key, sum.map(x => 1 / Math.max(x, min_window_sum)));
+      this.normalisers.set(
+        key,
+        sum.map(x => 1 / Math.max(x, min_window_sum)),
+      );
     }
     return this.normalisers.get(key);
   }

@@ -43,7 +43,8 @@ export class LogMel {
 
 /** A Hann window [size] with zeros around it [total]. */
 function hann(size, total) {
-  const window = new Float64Array(total), first = (total - size) / 2;
-  for (let i = 0; i < size; i++) window[first + i] = (1 - Math.cos(2 * Math.PI * i / size)) / 2;
+  const window = new Float64Array(total),
+    first = (total - size) / 2;
+  for (let i = 0; i < size; i++) window[first + i] = (1 - Math.cos((2 * Math.PI * i) / size)) / 2;
   return window;
 }

@@ -25,7 +25,7 @@ export class Player {
     if (this.playing === name) this.schedule();
   }
 
-  /** Plays a track from where the last one is. Returns the seconds until its first sample sounds. */
+  /** Plays a track from the position of the last one. Returns the seconds until it sounds. */
   play(name) {
     this.pause();
     const { context } = this;
@@ -38,7 +38,8 @@ export class Player {
 
   /** Schedules the samples that are there and not scheduled yet. */
   schedule() {
-    const { context, scheduled } = this, { samples, size } = this.tracks[this.playing];
+    const { context, scheduled } = this,
+      { samples, size } = this.tracks[this.playing];
     if (size <= scheduled) return;
     const late = context.currentTime - (this.start + scheduled / context.sampleRate);
     if (late > 0) this.start += late + LEAD;
@@ -75,7 +76,8 @@ export class Player {
   /** Seconds from the start. */
   get position() {
     if (!this.playing) return this.at;
-    const { context } = this, end = this.scheduled / context.sampleRate;
+    const { context } = this,
+      end = this.scheduled / context.sampleRate;
     return Math.max(0, Math.min(end, context.currentTime - this.start));
   }
 

@@ -12,11 +12,14 @@ export class Recorder {
     const stream = await navigator.mediaDevices.getUserMedia({ audio: SETTINGS }).catch(error => {
       throw Error(`no microphone: ${error.message}`);
     });
-    const pieces = [], begun = performance.now();
+    const pieces = [],
+      begun = performance.now();
     const show = () => tick(Math.floor((performance.now() - begun) / 1000));
     this.recorder = new MediaRecorder(stream, { audioBitsPerSecond: 192_000 });
     this.recorder.ondataavailable = ({ data }) => pieces.push(data);
-    const stopped = new Promise(resolve => { this.recorder.onstop = resolve; });
+    const stopped = new Promise(resolve => {
+      this.recorder.onstop = resolve;
+    });
     this.recorder.start();
     show();
     const timer = setInterval(show, 250);

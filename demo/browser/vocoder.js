@@ -23,7 +23,8 @@ export class Vocoder {
   async *stream(framesOf, total, seconds) {
     const griffinLim = new GriffinLim(this.about.griffin_lim, this.mel.window);
     for await (const spectra of this.spectra(framesOf, total, seconds)) {
-      const begun = performance.now(), pieces = spectra.map(x => griffinLim.feed(...x));
+      const begun = performance.now(),
+        pieces = spectra.map(x => griffinLim.feed(...x));
       seconds.griffinLim += (performance.now() - begun) / 1000;
       yield concatenate(pieces);
     }
@@ -33,9 +34,12 @@ export class Vocoder {
   /** Yields lists of re, im and magnitude [bins], one for each frame. */
   async *spectra(framesOf, total, seconds) {
     const { frames, delay, state } = this.about;
-    let tensors = Object.fromEntries(Object.entries(state).map(([name, x]) => [name, this.zeros(x)]));
+    let tensors = Object.fromEntries(
+      Object.entries(state).map(([name, x]) => [name, this.zeros(x)]),
+    );
     for (let first = 0; first - delay < total; first += frames) {
-      const stop = Math.min(first + frames, total), begun = performance.now();
+      const stop = Math.min(first + frames, total),
+        begun = performance.now();
       const mel = this.piece(first < stop ? framesOf(first, stop) : []);
       const between = performance.now();
       if (first + frames >= total)
@@ -45,14 +49,16 @@ export class Vocoder {
       seconds.network += (performance.now() - between) / 1000;
       tensors = Object.fromEntries(Object.keys(state).map(name => [name, outputs[`next.${name}`]]));
       const valid = [...Array(frames).keys()].filter(
-        i => first - delay + i >= 0 && first - delay + i < total);
+        i => first - delay + i >= 0 && first - delay + i < total,
+      );
       yield valid.map(i => this.frame(outputs.spectra.data, i));
     }
   }
 
   /** The tensor [1, num_mels, frames] of mel frames [n, num_mels], n at most `frames`. */
   piece(mel) {
-    const { frames } = this.about, { numMels } = this.mel;
+    const { frames } = this.about,
+      { numMels } = this.mel;
     const values = new Float32Array(numMels * frames);
     for (let i = 0; i < mel.length; i++)
       values[(i % numMels) * frames + Math.floor(i / numMels)] = mel[i];
@@ -62,7 +68,9 @@ export class Vocoder {
   /** Real part, imaginary part and magnitude of frame i of spectra [frames, 3, bins]. */
   frame(spectra, i) {
     const bins = this.about.mel.n_fft / 2 + 1;
-    return [0, 1, 2].map(part => spectra.subarray((3 * i + part) * bins, (3 * i + part + 1) * bins));
+    return [0, 1, 2].map(part =>
+      spectra.subarray((3 * i + part) * bins, (3 * i + part + 1) * bins),
+    );
   }
 
   zeros({ shape, type }) {

@@ -14,6 +14,8 @@ export function encodeWav(samples, rate) {
   view.setUint16(34, 16, true);
   text(36, "data");
   view.setUint32(40, 2 * samples.length, true);
-  samples.forEach((x, i) => view.setInt16(44 + 2 * i, Math.round(32767 * Math.max(-1, Math.min(1, x))), true));
+  samples.forEach((x, i) =>
+    view.setInt16(44 + 2 * i, Math.round(32767 * Math.max(-1, Math.min(1, x))), true),
+  );
   return new Blob([view], { type: "audio/wav" });
 }

@@ -31,18 +31,24 @@ async function load({ id, load, runtime }) {
 
 /** Vocodes silence, so that the browser compiles the hot parts before they are needed. */
 async function warmUp() {
-  const { mel } = vocoder, silence = new Float32Array(WARM_UP_FRAMES * mel.hop);
+  const { mel } = vocoder,
+    silence = new Float32Array(WARM_UP_FRAMES * mel.hop);
   const framesOf = (first, stop) => mel.compute(silence, first, stop);
   for await (const _ of vocoder.stream(framesOf, WARM_UP_FRAMES, noSeconds()));
 }
 
 async function vocode({ id, wav, mel, frames }) {
-  const begun = performance.now(), { mel: logMel } = vocoder, { numMels } = logMel;
-  const total = frames ?? logMel.frames(wav.length), copy = new Copy(logMel, total);
+  const begun = performance.now(),
+    { mel: logMel } = vocoder,
+    { numMels } = logMel;
+  const total = frames ?? logMel.frames(wav.length),
+    copy = new Copy(logMel, total);
   const seconds = noSeconds();
   let known = [];
   const framesOf = (first, stop) =>
-    (known = mel ? mel.subarray(first * numMels, stop * numMels) : logMel.compute(wav, first, stop));
+    (known = mel
+      ? mel.subarray(first * numMels, stop * numMels)
+      : logMel.compute(wav, first, stop));
   for await (const samples of vocoder.stream(framesOf, total, seconds)) {
     postMessage({ id, samples, original: known, copy: copy.add(samples) });
     known = [];
@@ -66,7 +72,8 @@ class Copy {
   add(samples) {
     this.wav.set(samples, this.size);
     this.size += samples.length;
-    const { hop, margin } = this.logMel, first = this.frames;
+    const { hop, margin } = this.logMel,
+      first = this.frames;
     const isWhole = this.size === this.wav.length;
     this.frames = isWhole ? this.total : Math.max(first, Math.floor((this.size - margin) / hop));
     return this.logMel.compute(this.wav, first, this.frames);
@@ -75,7 +82,8 @@ class Copy {
 
 /** Lets the messages in that have arrived. */
 const channel = new MessageChannel();
-const messages = () => new Promise(resolve => {
-  channel.port1.onmessage = resolve;
-  channel.port2.postMessage(0);
-});
+const messages = () =>
+  new Promise(resolve => {
+    channel.port1.onmessage = resolve;
+    channel.port2.postMessage(0);
+  });
