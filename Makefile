@@ -1,4 +1,5 @@
 # make demo: trains a small vocoder in minutes and compares it with pretrained weights.
+# make browser: builds the page that vocodes in the browser, and serves it on this machine.
 # make test: runs every check that a change must pass.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ VERSIONS_measured := echo torch==2.13.0
 VERSIONS_oldest := sed 's/>=/==/' requirements.txt
 VERSIONS_newest := true
 
-.PHONY: demo test clean
+.PHONY: demo browser test clean
 
 # pesq has no wheels. Without a C compiler the demonstration leaves this metric out.
 demo: $(BIN)/python
@@ -26,6 +27,11 @@ demo: $(BIN)/python
 	$(PIP) -r requirements.txt -r requirements-demo.txt
 	$(PIP) pesq || echo "pesq is left out: it needs a C compiler"
 	$(BIN)/python demo/learn_a_voice.py
+
+browser: $(BIN)/python
+	$(PIP) --no-deps $(CPU_BUILD) torch
+	$(PIP) -r requirements.txt onnx
+	$(BIN)/python demo/browser/build.py --serve
 
 test: $(BIN)/installed-$(DEPENDENCIES)
 	$(BIN)/ruff check .
@@ -44,4 +50,4 @@ $(BIN)/installed-$(DEPENDENCIES): $(wildcard requirements*.txt) | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf .venv demo_output
+	rm -rf .venv demo_output demo/browser/site

@@ -117,12 +117,16 @@ class StreamGenerator(nn.Module):
         self.pads = isinstance(generator.pad_post, nn.ReflectionPad1d)
         self.head = None
         if isinstance(generator.head, HarmonicNoiseHead):
-            self.head = HarmonicStream(self.graph.head)
+            self.head = self.harmonic_stream(self.graph.head)
         state = State()
         with torch.no_grad():
             wav = self.run(torch.zeros(1, h.num_mels, frames), state)
         self.state_names, self.latency_samples = state.names, wav.delay
         self.initial_state = tuple(torch.zeros_like(tensor) for tensor in state.next)
+
+    def harmonic_stream(self, head) -> "HarmonicStream":
+        """Returns the stream of a frame-rate head."""
+        return HarmonicStream(head)
 
     def forward(self, mel: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         state = State(tensors)
@@ -289,10 +293,19 @@ class HarmonicStream(nn.Module):
         return self.spectra(pulses), self.spectra(noise)
 
     def spectra(self, frames: torch.Tensor) -> torch.Tensor:
-        """Returns Z [1, 2, positions, n] of frames [n, n_fft]."""
-        stft = self.head.stft
+        """Returns Z [1, 2, positions, n] of frames [n, n_fft].
+
+        As GraphSTFT.forward does, with a matrix product of all frames in place of a convolution
+        of each.
+        """
+        stft, n = self.head.stft, len(frames)
         frames = F.pad(frames, (0, stft.hops * stft.hop_size - stft.n_fft))
-        return stft(stft.to_hops(frames)).permute(3, 1, 2, 0)
+        # [N2, n, n1] @ [N2, n1, 2 * k1]
+        frames = frames.reshape(n, -1, stft.groups).permute(2, 0, 1)
+        inner = stft.inner.reshape(stft.groups, 2 * stft.rows, stft.per_hop, stft.hops)
+        x = frames @ inner.permute(0, 3, 2, 1).flatten(1, 2)
+        x = x.transpose(1, 2).reshape(2 * stft.groups, -1)
+        return (stft.outer @ x).reshape(1, 2, stft.groups * stft.rows, n)
 
     def windows(
         self, tracks: torch.Tensor, positions: torch.Tensor, state: State
@@ -327,7 +340,7 @@ class HarmonicStream(nn.Module):
         wraps = torch.cat([torch.zeros_like(whole), whole, torch.zeros_like(whole)])
         state.write(signals[:, n * hop_size :] - wraps)
         signals = torch.stack(
-            [signals[:, i * hop_size :][:, :known] for i in range(n)], dim=1
+            [signals[:, i * hop_size : i * hop_size + known] for i in range(n)], dim=1
         )  # [3, n, known]
         return self.with_held(signals, tracks[:, 1:])
 

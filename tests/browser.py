@@ -20,13 +20,13 @@ def needs_browser() -> None:
 
 
 @contextmanager
-def open_browser() -> Iterator:
+def open_browser(*more_flags: str) -> Iterator:
     """Yields a Playwright browser."""
     from playwright.sync_api import sync_playwright
 
     # Chromium has no sandbox for root, who runs the tests in a container.
     flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    flags.append("--autoplay-policy=no-user-gesture-required")
+    flags += ["--autoplay-policy=no-user-gesture-required", *more_flags]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         try:
