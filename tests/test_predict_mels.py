@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import train
-from audio import load_mel
 from env import UserError, load_config
 from meldataset import MelDataset
 from tools import predict_mels
@@ -23,6 +22,7 @@ def call(corpus, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(predict_mels, "SEGMENT", 16)
     monkeypatch.setattr(predict_mels, "CHANNELS", 32)
+    monkeypatch.setattr(predict_mels, "FOLDS", 2)
     config = write_config(tmp_path / "config.json")
     clips = MelDataset(load_config(config), corpus / "training.txt", corpus / "wavs")
     rows = []
@@ -51,7 +51,7 @@ def call(corpus, tmp_path, monkeypatch):
 
 
 def test_the_mels_follow_the_recordings_and_train_py_takes_them(call, corpus, tmp_path):
-    folder = call("--folds", 2, "--updates", 100)
+    folder = call("--updates", 100)
     names = [name for name, _, _ in call.rows]
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{n}.npy" for n in names)
     clips = MelDataset(load_config(call.config), corpus / "training.txt", corpus / "wavs", folder)
@@ -75,7 +75,7 @@ def test_a_clip_is_predicted_by_a_model_that_has_not_seen_it(call, monkeypatch):
 
     train_model = predict_mels.train
     monkeypatch.setattr(predict_mels, "train", spy)
-    call("--folds", 2, "--updates", 1)
+    call("--updates", 1)
     assert seen == [[1, 3], [0, 2, 4]]
 
 

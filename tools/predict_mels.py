@@ -3,10 +3,9 @@
     python tools/predict_mels.py --config configs/frame_v2.json \\
         --input_wavs_dir LJSpeech-1.1/wavs --durations durations.tsv --output_dir ft_dataset
 
-The model stands in for an acoustic model of your own. Like the decoder of FastSpeech 2 it computes
-a mel from phones, their durations and the F0, here those of the recording (teacher forcing). The
-clips are divided into folds. Each clip is predicted by a model that was trained on the other folds,
-because a model predicts sharper mels of the clips that it has seen.
+The model stands in for FastSpeech 2. It gets phones, their durations and levels, and F0, all of the
+recording (teacher forcing). A clip is predicted by a model that was trained on other clips (other
+folds), because predictions of its training data would be too sharp.
 
 The file of durations, from a forced aligner such as MFA, has a header and lines of four columns,
 separated by tabs: id, frames (not used), phones, and the frames of each phone.
@@ -16,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,7 +26,8 @@ from meldataset import MAX_EXTRA_FRAMES, LogMelSpectrogram, band_edges
 from pitch import PitchEstimator
 from utils import FileProgress, command_line, command_parser, find_file, positive, say
 
-CHANNELS, PHONE_CHANNELS, BLOCKS = 192, 32, 5
+CHANNELS, PHONE_CHANNELS, DILATIONS = 192, 32, (1, 2, 4, 1, 2)
+FOLDS = 4  # each takes about a minute on one CPU core
 NEIGHBOURS = 2  # phones on either side of a frame's phone
 SEGMENT, BATCH_SIZE = 128, 4  # frames, segments
 LEARNING_RATE = 0.002  # falls to 0
@@ -49,20 +48,15 @@ def read_durations(path: str) -> list[tuple[str, list[str], list[int]]]:
         columns = [line.split("\t") for line in lines]
         return [(name, p.split(), [int(x) for x in d.split()]) for name, _, p, d in columns]
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); expected lines of id, frames, phones and "
-            "durations, separated by tabs"
-        ) from None
+        expected = "lines of id, frames, phones and durations, separated by tabs"
+        raise UserError(f"{path}: cannot be read ({error}); expected {expected}") from None
 
 
 def read_clip(path: Path, h: Config, phones: list[int], durations: list[int]) -> Clip:
     """Returns the Clip of the recording at `path`, given its phones as indices from 1.
 
-    The inputs of a frame are a comb with peaks at the harmonics of F0, -log F0 and periodicity, the
-    position in the phone, and the duration and the mean level of the phone.
-
-    Raises:
-        UserError: the recording cannot be used, or the durations do not add up to its frames.
+    The inputs of a frame are a comb with peaks at the harmonics of F0, the log period,
+    periodicity, the position in the phone, and its duration and mean level. Raises UserError.
     """
     wav = load_wav(path, h.sampling_rate, min_samples=h.hop_size)[None]
     mel = LogMelSpectrogram(h, h.fmax)(wav)[0]
@@ -72,15 +66,15 @@ def read_clip(path: Path, h: Config, phones: list[int], durations: list[int]) ->
     durations = torch.tensor([*durations[:-1], durations[-1] + T - total])
     of_frame = torch.arange(len(phones)).repeat_interleave(durations)
     padded = F.pad(torch.tensor(phones), (NEIGHBOURS, NEIGHBOURS))
-    neighbours = torch.stack([padded[of_frame + i] for i in range(2 * NEIGHBOURS + 1)])
+    neighbours = padded.unfold(0, 2 * NEIGHBOURS + 1, 1)[of_frame].T
     levels = torch.stack([x.mean() for x in mel.mean(0).split(durations.tolist())])
     position = (durations.cumsum(0)[of_frame] - torch.arange(T)) / durations[of_frame]
     lag, periodicity = (x[0, :T] for x in PitchEstimator(h).lag(F.pad(wav, (0, h.hop_size))))
     bands = torch.from_numpy(band_edges(h, h.fmax)[1:-1]).float()
     comb = (2 * torch.pi * bands[:, None] / h.sampling_rate * lag).cos() * periodicity
-    of_phone = durations[of_frame].log() / 4, levels[of_frame] / 4
-    others = torch.stack([lag.log() - 5, periodicity, position, *of_phone])
-    return Clip(neighbours, torch.cat([comb, others]), mel)
+    of_phone = (durations.log() / 4)[of_frame], (levels / 4)[of_frame]
+    inputs = torch.cat([comb, torch.stack([lag.log() - 5, periodicity, position, *of_phone])])
+    return Clip(neighbours, inputs, mel)
 
 
 class AcousticModel(nn.Module):
@@ -92,8 +86,7 @@ class AcousticModel(nn.Module):
         width = (2 * NEIGHBOURS + 1) * PHONE_CHANNELS + num_inputs
         self.conv_pre = nn.Conv1d(width, CHANNELS, 1)
         self.blocks = nn.ModuleList(
-            nn.Conv1d(CHANNELS, CHANNELS, 3, padding="same", dilation=2 ** (i % 3))
-            for i in range(BLOCKS)
+            nn.Conv1d(CHANNELS, CHANNELS, 3, padding="same", dilation=d) for d in DILATIONS
         )
         self.conv_post = nn.Conv1d(CHANNELS, num_mels, 1)
 
@@ -107,59 +100,50 @@ class AcousticModel(nn.Module):
 
 def train(clips: list[Clip], num_phones: int, updates: int) -> AcousticModel:
     """Returns a model that was trained on random segments of `clips` with the L1 loss."""
-    random = np.random.default_rng(0)
-    model = AcousticModel(num_phones, len(clips[0].inputs), len(clips[0].mel))
-    model.conv_post.bias.data = torch.cat([clip.mel for clip in clips], dim=1).mean(1)
+    torch.manual_seed(0)
+    data = [torch.cat(parts, dim=1) for parts in zip(*clips, strict=True)]  # phones, inputs, mel
+    model = AcousticModel(num_phones, *map(len, data[1:]))
+    model.conv_post.bias.data = data[2].mean(1)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
-    clips = [clip for clip in clips if clip.mel.shape[1] >= SEGMENT]
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / updates)
-        segments = []
-        for i in random.integers(len(clips), size=BATCH_SIZE):
-            start = random.integers(clips[i].mel.shape[1] - SEGMENT + 1)
-            segments.append([x[:, start : start + SEGMENT] for x in clips[i]])
-        phones, inputs, mel = map(torch.stack, zip(*segments, strict=True))
+        starts = torch.randint(data[2].shape[1] - SEGMENT + 1, (BATCH_SIZE,))
+        phones, inputs, mel = (torch.stack([x[:, i : i + SEGMENT] for i in starts]) for x in data)
         loss = F.l1_loss(model(phones, inputs), mel)
         model.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 def main() -> int:
     """Writes `<output_dir>/<id>.npy`, [num_mels, T], for each line of the file of durations."""
-    parser = command_parser(
-        __doc__.split("\n\n")[0],
-        example="python tools/predict_mels.py --config configs/frame_v2.json --input_wavs_dir "
-        "LJSpeech-1.1/wavs --durations durations.tsv --output_dir ft_dataset",
-    )
+    purpose, command, *_ = __doc__.replace("\\", "").split("\n\n")
+    parser = command_parser(purpose, example=" ".join(command.split()))
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="JSON config, which defines the mel")
     add("--input_wavs_dir", required=True, metavar="DIR", help="the recordings")
-    help_ = "phones of each recording and their frames"
-    add("--durations", required=True, metavar="FILE", help=help_)
+    add("--durations", required=True, metavar="FILE", help="phones of each clip and their frames")
     add("--output_dir", required=True, metavar="DIR", help="for the mels; made if needed")
-    add("--folds", type=positive, default=4, metavar="N", help="models, at least 2")
     add("--updates", type=positive, default=2000, metavar="N", help="updates of each model")
     a = parser.parse_args()
     h, rows = load_config(a.config), read_durations(a.durations)
     symbols = sorted({phone for _, phones, _ in rows for phone in phones})
-    clips = {}
+    clips, errors = {}, []
     for name, phones, durations in rows:
         path = Path(a.input_wavs_dir, find_file(a.input_wavs_dir, name, AUDIO_EXTENSIONS) or name)
         clips[name] = read_clip(path, h, [1 + symbols.index(p) for p in phones], durations)
-    names, errors = list(clips), []
     with FileProgress(len(clips), a.output_dir) as progress:
-        for fold in range(a.folds):
-            seen = [clips[name] for i, name in enumerate(names) if i % a.folds != fold]
-            model = train(seen, len(symbols), a.updates)
-            for name in names[fold :: a.folds]:
-                phones, inputs, mel = clips[name]
-                predicted = model(phones[None], inputs[None])[0]
+        for fold in range(FOLDS):
+            others = [clip for i, clip in enumerate(clips.values()) if i % FOLDS != fold]
+            model = train(others, len(symbols), a.updates)
+            for name in list(clips)[fold::FOLDS]:
+                *given, mel = clips[name]
+                predicted = model(*(x[None] for x in given))[0]
                 errors.append(float((predicted - mel).abs().mean()))
                 write_npy(Path(a.output_dir) / f"{name}.npy", predicted.numpy())
                 progress.written()
-    say(f"mean absolute error {np.mean(errors):.3f}")
+    say(f"mean absolute error {sum(errors) / len(errors):.3f}")
     return progress.status
 
 
