@@ -48,7 +48,7 @@ TRAINING_KEYS = ("mpd", "msd", "optim_g", "optim_d", "steps", "epoch")  # of do_
 # g_* files are read with them, and most of them do not change the shape of any tensor.
 CHANGEABLE_KEYS = {loss.weight for loss in LOSSES if loss.weight} | {
     *("segment_size", "batch_size", "learning_rate", "adam_b1", "adam_b2", "lr_decay", "seed"),
-    *("num_workers", "discriminator_train_start_steps", "griffin_lim_steps"),
+    *("num_workers", "mel_blur", "discriminator_train_start_steps", "griffin_lim_steps"),
     *("fmax_for_loss", "n_ffts_for_loss", "num_mels_for_loss"),
 }
 

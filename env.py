@@ -106,6 +106,7 @@ class Config:
     mel_center: bool = False  # True: frame t is centred on sample t * hop_size
 
     # Training
+    mel_blur: float = 0.0  # share of training mels that are blurred as predicted mels are
     optimizer: str = "adamw"  # of the generator: "adamw" or "muon"
     batch_size: int  # of all processes together
     learning_rate: float
@@ -294,6 +295,7 @@ def _range_checks(h: Config) -> Checks:
         *("num_workers", "seed"),
     ):
         yield getattr(h, key) >= 0, key, "0 or more"
+    yield 0 <= h.mel_blur <= 1, "mel_blur", "0 to 1"
     for key in ("discriminator_train_start_steps", "griffin_lim_steps"):
         yield (getattr(h, key) or 0) >= 0, key, "0 or more, or null"
     for key in ("adam_b1", "adam_b2"):

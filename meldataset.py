@@ -41,6 +41,9 @@ PAIRS_TO_CHECK = 8
 # Mean difference of log-mels. Measured on 200 clips: at most 0.65 for mels blurred over 5 frames
 # and 5 bands, 1.13 for mels 2 frames late; at least 1.40 for another clip's, 2.49 for log10 mels.
 MAX_PAIR_DIFFERENCE = 1.2
+# Ranges of the standard deviation of `blurred`. Blurred mels of recordings then vary over time and
+# frequency about as much as five mels of Tacotron 2 and FastSpeech 2 do: see docs/fine_tuning.md.
+FRAME_BLUR, BAND_BLUR = (0.4, 1.1), (0.5, 1.0)
 
 # ---------------------------------------------------------------------------------------- the mel
 
@@ -322,7 +325,10 @@ class MelDataset(torch.utils.data.Dataset):
         if self.mels_dir is None:
             start = random.integers(max(0, wav.samples - size) + 1)
             segment = _padded(wav.part(start, min(start + size, wav.samples)), size, 0.0)
-            return self.log_mel(segment[None, self.h.lead :])[0], segment[None]
+            mel = self.log_mel(segment[None, self.h.lead :])[0]
+            if random.random() < self.h.mel_blur:
+                mel = blurred(mel, random)
+            return mel, segment[None]
         mel = self._load_mel(index, frames=wav.samples // hop_size)
         frames = size // hop_size
         last = min(mel.shape[1], wav.samples // hop_size)
@@ -407,6 +413,23 @@ class MelDataset(torch.utils.data.Dataset):
                     f"{file_list}: {self.path(index)} lies outside of {self.wavs_dir}; expected "
                     "ids inside it, because the mel has the same id in --input_mels_dir"
                 )
+
+
+def blurred(mel: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+    """Blurs a mel [num_mels, T] about as acoustic models do, by a Gaussian along each axis.
+
+    The standard deviation along time is that of FRAME_BLUR, in frames. Along frequency it is that
+    of BAND_BLUR, in bands, in the highest band, and falls as the square root of the band, because
+    acoustic models predict the harmonics of low bands well.
+    """
+    frames, bands = random.uniform(*FRAME_BLUR), random.uniform(*BAND_BLUR)
+    num_mels, T = mel.shape
+    index = torch.arange(max(num_mels, T))
+    distance = (index - index[:, None]) ** 2
+    along_time = (-0.5 / frames**2 * distance[:T, :T]).softmax(0)
+    variance = bands**2 * (index[:num_mels, None] + 0.5) / num_mels
+    along_frequency = (-0.5 / variance * distance[:num_mels, :num_mels]).softmax(1)
+    return along_frequency @ mel @ along_time
 
 
 def _with_lead(wav: Wav, lead: int) -> Wav:

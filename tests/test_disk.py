@@ -277,6 +277,7 @@ CHANGES = {
     "lr_decay": 0.5,
     "seed": 7,
     "num_workers": 1,
+    "mel_blur": 0.5,
     "lambda_mel": 10,
     "lambda_feature": 1,
     "lambda_f0": 50,

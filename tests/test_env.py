@@ -56,6 +56,7 @@ BROKEN_MISR = [
     ("griffin_lim_steps", -1, "0 or more, or null"),
     ("adam_b1", 1, "less than 1"),
     ("lr_decay", 1.01, "at most 1"),
+    *(("mel_blur", value, "0 to 1") for value in (-0.1, 1.1)),
     ("optimizer", "adam", '"adamw" or "muon"'),
     # Audio
     ("win_size", 1025, "at most n_fft, 1024"),

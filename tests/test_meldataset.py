@@ -24,6 +24,7 @@ from meldataset import (
     LogMelSpectrogram,
     MelDataset,
     ResumableBatchSampler,
+    blurred,
     check_pairs,
     mel_of_stretch,
     read_clips,
@@ -332,12 +333,55 @@ def test_items_follow_from_seed_epoch_and_index_alone(corpus, tmp_path):
     assert not any(same(items[key], reseeded[key]) for key in keys)
 
 
+def test_a_share_of_the_training_mels_is_blurred_and_no_waveform(corpus, tmp_path):
+    sharp, half, all_ = (corpus_dataset(corpus, tmp_path, mel_blur=x) for x in (0, 0.5, 1))
+    keys = [(epoch, index) for epoch in range(20) for index in range(5)]
+    changed = []
+    for key in keys:
+        (mel, wav), (mel_of_half, wav_of_half), (mel_of_all, wav_of_all) = (
+            dataset[key] for dataset in (sharp, half, all_)
+        )
+        assert torch.equal(wav, wav_of_half) and torch.equal(wav, wav_of_all)
+        assert not torch.equal(mel, mel_of_all)
+        changed.append(not torch.equal(mel, mel_of_half))
+    assert 35 <= sum(changed) <= 65  # of 100
+    assert same(sharp.whole(0), all_.whole(0))
+
+
+def test_fine_tuning_mels_are_not_blurred_again(corpus, tmp_path):
+    dataset = corpus_dataset(corpus, tmp_path, mel_blur=1)
+    for index in range(len(dataset)):
+        name = f"{dataset.path(index).stem}.npy"
+        shape = dataset.whole(index)[0].shape
+        np.save(tmp_path / name, np.random.default_rng(index).normal(-5, 1, shape))
+    h = dataset.h
+    tuning = MelDataset(h, corpus / "training.txt", corpus / "wavs", tmp_path)
+    mel, _ = tuning[0, 4]
+    windows = torch.from_numpy(np.load(tmp_path / "clip4.npy")).float().unfold(1, FRAMES, 1)
+    assert (windows == mel[:, None]).all(-1).all(0).any()
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["frequency", "time"])
+def test_blur_is_a_gaussian_along_each_axis(monkeypatch, axis):
+    widths = [(0.9, 0.9), (1e-3, 1e-3)]
+    monkeypatch.setattr(meldataset, "FRAME_BLUR", widths[1 - axis])
+    monkeypatch.setattr(meldataset, "BAND_BLUR", widths[axis])
+    mel = torch.zeros(80, 40)
+    mel[75, 20] = 1.0
+    seen = blurred(mel, np.random.default_rng(0))[75]
+    sigmas = (0.9 * math.sqrt(75.5 / 80), 0) if axis == 0 else (0, 0.9)
+    expected = scipy.ndimage.gaussian_filter(mel.numpy(), sigmas, mode="nearest", truncate=8)[75]
+    np.testing.assert_allclose(seen, expected, atol=1e-5)
+    level = torch.full((80, 40), -3.0)
+    torch.testing.assert_close(blurred(level, np.random.default_rng(0)), level)
+
+
 def test_global_random_states_are_left_alone(corpus, tmp_path):
     def states():
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
     before = states()
-    dataset = corpus_dataset(corpus, tmp_path)
+    dataset = corpus_dataset(corpus, tmp_path, mel_blur=0.5)
     dataset[0, 0], dataset[1, 3], dataset.whole(2)
     next(iter(ResumableBatchSampler(5, dataset.h)))
     assert states() == before
