@@ -37,7 +37,7 @@ from stream_layers import (
 )
 
 GRIFFIN_LIM_LOOKAHEAD = 3  # frames
-MAX_STREAM_STEPS = 4  # of Griffin-Lim, for each frame and each frame of look-ahead
+MAX_STREAM_STEPS = 6  # of Griffin-Lim, for each frame and each frame of look-ahead
 
 
 class HarmonicStream:
