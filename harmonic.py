@@ -203,8 +203,8 @@ class HarmonicNoiseHead(nn.Module):
             phase = previous = spectrum * (magnitude / _magnitude(spectrum))
             steps = min(self.griffin_lim_steps, MAX_TRAINING_STEPS if self.training else 2**31)
             for step in range(steps):
-                wav = self.stft.inverse(with_magnitude(phase, magnitude, floor)) * normaliser
-                spectrum = self.stft(wav)
+                wav = self.stft.inverse(with_magnitude(phase, magnitude, floor))
+                spectrum = self.stft(wav.mul_(normaliser))
                 phase = spectrum
                 if step > 0:
                     phase = _extrapolate(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
@@ -514,7 +514,7 @@ def with_magnitude(x: torch.Tensor, magnitude: torch.Tensor, floor: torch.Tensor
     of |x|^2, from `magnitude_floor`, makes the result smaller there.
     """
     power = torch.add(floor, _power(x), alpha=1 - PHASE_SOFTNESS)
-    return x * (magnitude / power.sqrt())  # faster than rsqrt
+    return x * (magnitude / power.sqrt_())  # faster than rsqrt
 
 
 def magnitude_floor(magnitude: torch.Tensor) -> torch.Tensor:
