@@ -203,8 +203,8 @@ class HarmonicNoiseHead(nn.Module):
             phase = previous = spectrum * (magnitude / _magnitude(spectrum))
             steps = min(self.griffin_lim_steps, MAX_TRAINING_STEPS if self.training else 2**31)
             for step in range(steps):
-                wav = self.stft.inverse(with_magnitude(phase, magnitude, floor)) * normaliser
-                spectrum = self.stft(wav)
+                wav = self.stft.inverse(with_magnitude(phase, magnitude, floor))
+                spectrum = self.stft(wav.mul_(normaliser))
                 phase = spectrum
                 if step > 0:
                     phase = _extrapolate(previous, spectrum, 1 + GRIFFIN_LIM_MOMENTUM)
@@ -241,8 +241,11 @@ class HarmonicNoiseHead(nn.Module):
 
         The samples start `stft.margins[0]` before the frame, as the input of the STFT does.
         """
-        samples = torch.arange(size, device=self.noise.device) - self.stft.margins[0]
-        return self.noise[(samples + frame * self.hop_size) % len(self.noise)]
+        first, skipped = divmod(-self.stft.margins[0], self.hop_size)
+        count = math.ceil((skipped + size) / self.hop_size)
+        frames = frame + first + torch.arange(count, device=self.noise.device)
+        noise = self.noise.unflatten(0, (NOISE_FRAMES, self.hop_size))[frames % NOISE_FRAMES]
+        return noise.flatten(-2)[..., skipped : skipped + size]
 
     @staticmethod
     def burst_envelope(wrapped_phase: torch.Tensor, voicing: torch.Tensor) -> torch.Tensor:
@@ -449,10 +452,10 @@ class STFT(nn.Module):
     def overlap_add(self, frames: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
         """Adds frames [B, T, n_fft], each multiplied by a window [n_fft]: [B, N + margins]."""
         rest = -self.n_fft % self.hop_size
+        if rest > 0:  # a padding of 0 would copy
+            frames, window = F.pad(frames, (0, rest)), F.pad(window, (0, rest))
         # Hop k of every frame is added at once.
-        hops, windows = (
-            F.pad(x, (0, rest)).unflatten(-1, (-1, self.hop_size)) for x in (frames, window)
-        )
+        hops, windows = (x.unflatten(-1, (-1, self.hop_size)) for x in (frames, window))
         B, T = frames.shape[:2]
         wav = frames.new_zeros(B, T + self.overlap, self.hop_size)
         for k, window_hop in enumerate(windows):
@@ -511,7 +514,7 @@ def with_magnitude(x: torch.Tensor, magnitude: torch.Tensor, floor: torch.Tensor
     of |x|^2, from `magnitude_floor`, makes the result smaller there.
     """
     power = torch.add(floor, _power(x), alpha=1 - PHASE_SOFTNESS)
-    return x * (magnitude * power.rsqrt())
+    return x * (magnitude / power.sqrt_())  # faster than rsqrt
 
 
 def magnitude_floor(magnitude: torch.Tensor) -> torch.Tensor:
