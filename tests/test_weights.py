@@ -408,9 +408,15 @@ OF_MEASURED = 1.15  # the error of the first 2 s of a clip, at most, relative to
 
 def measured_error(system: str) -> float:
     """The mel_l1 of the whole recording, as evaluate.py measured it."""
-    files = json.loads((ROOT / "docs/figures/lj_validation.json").read_text())["files"]
-    (found,) = (file["systems"] for file in files if file["name"] == "LJ003-0140")
-    return found[system]["values"]["mel_l1"]
+    reports = [json.loads(path.read_text()) for path in ROOT.glob("docs/figures/*.json")]
+    files = [
+        file["systems"]
+        for report in reports
+        for file in report["files"]
+        if file["name"] == "LJ003-0140"
+    ]
+    (found,) = (systems[system] for systems in files if system in systems)
+    return found["values"]["mel_l1"]
 
 
 def qualities(generator: Generator, h: Config) -> dict[str, float]:
