@@ -115,7 +115,10 @@ def _shown(metrics: dict) -> list[str]:
 
 def _clips(report: dict, group: dict, writer: "ClipWriter", progress: tqdm) -> str:
     """Returns the section of a group, and writes its sounds and spectrograms."""
-    systems = [name for name in report["systems"] if group is report or name != RECORDINGS]
+    found = {name for file in group["files"] for name in file["systems"]}
+    if group is report:
+        found.add(RECORDINGS)
+    systems = [name for name in report["systems"] if name in found]
     clips = []
     for file in group["files"]:
         clips.append(writer.write(file, systems, group["metrics"]))

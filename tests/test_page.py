@@ -178,6 +178,15 @@ def test_a_page_that_would_do_harm_is_refused_before_measuring(tmp_path, where, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_group_shows_only_the_systems_that_have_clips_in_it(tmp_path):
+    write_folders(tmp_path)
+    write(tmp_path / "rough/tts_generated_e2e.wav", speech_like(2.0, seed=4))
+    text = make_page(tmp_path, "--unpaired").read_text()
+    copies, _, others = text.partition("<h2>Speech without a recording</h2>")
+    assert 'data-system="fine"' in copies and 'data-system="rough"' in others
+    assert 'data-system="fine"' not in others
+
+
 def test_a_page_replaces_itself_alone_and_names_delays_and_gaps(tmp_path):
     write_folders(tmp_path)
     page = make_page(tmp_path)
