@@ -37,7 +37,7 @@ def test_the_host_program_and_the_hub_keep_their_modules_apart(order, tmp_path):
 
 
 def test_a_name_without_weights_is_answered_by_the_names_there_are():
-    with pytest.raises(ValueError, match="no such weights; there are frame_v2_universal, "):
+    with pytest.raises(ValueError, match="no such weights; there are frame_v2_24k, "):
         hubconf.misrnet("frame_v9")
 
 

@@ -402,7 +402,7 @@ def test_a_stored_mel_gives_the_stored_samples(name, tmp_path):
 SHIPPED = sorted(folder.parent for folder in ROOT.glob("pretrained/*/config.json"))
 assert SHIPPED
 RECORDING = ROOT / "pretrained/samples/index_files/0001-0.flac"  # LJ003-0140, in no training list
-LARGEST_MEL_L1, LOWEST_PESQ = 0.5, 2.5
+LARGEST_MEL_L1, LOWEST_PESQ = 0.4, 2.5
 OF_MEASURED = 1.15  # the error of the first 2 s of a clip, at most, relative to the whole
 
 
