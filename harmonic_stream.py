@@ -37,7 +37,6 @@ from stream_layers import (
 )
 
 GRIFFIN_LIM_LOOKAHEAD = 3  # frames
-MAX_STREAM_STEPS = 6  # of Griffin-Lim, for each frame and each frame of look-ahead
 
 
 class HarmonicStream:
@@ -186,9 +185,13 @@ class ExcitationStream:
         return np.stack([total / np.sqrt(0.5 * harmonics), 1 + voicing * (bursts - 1)])
 
 
-def stream_steps(head: HarmonicNoiseHead) -> int:
-    """Returns the number of Griffin-Lim steps each time that a frame is completed."""
-    return min(MAX_STREAM_STEPS, head.griffin_lim_steps)
+def stream_steps(head: HarmonicNoiseHead, lookahead: int) -> int:
+    """Returns the number of Griffin-Lim steps each time that a frame is completed.
+
+    A frame takes part in the steps of the `lookahead` frames before it, so that it gets
+    `griffin_lim_steps` in all, as in a whole mel.
+    """
+    return math.ceil(head.griffin_lim_steps / (lookahead + 1))
 
 
 class GriffinLimStream:
@@ -202,7 +205,7 @@ class GriffinLimStream:
         stft = head.stft
         self.window, self.overlap = to_array(stft.window), stft.overlap
         self.n_fft, self.hop_size, self.lookahead = stft.n_fft, stft.hop_size, lookahead
-        self.steps = stream_steps(head)
+        self.steps = stream_steps(head, lookahead)
         # Phase, previous spectrum and magnitude of frames that are not settled.
         self.pending: list[np.ndarray] | None = None
         # The overlap-added settled frames, from the start of the first pending window to their end.

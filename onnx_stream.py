@@ -250,7 +250,7 @@ class HarmonicStream(nn.Module):
         super().__init__()
         self.head = head
         self.lookahead = GRIFFIN_LIM_LOOKAHEAD
-        self.steps = stream_steps(head)
+        self.steps = stream_steps(head, self.lookahead)
 
     def forward(self, piece: Piece, mel: torch.Tensor, state: State, clock: Clock) -> Piece:
         head = self.head
