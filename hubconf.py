@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from models import Generator
     from streaming import Streamer
 
-dependencies = ["torch", "numpy", "soundfile", "soxr", "tqdm"]
+dependencies = ["torch", "numpy", "scipy", "soundfile", "soxr", "tqdm"]
 
 ROOT = Path(__file__).resolve().parent
 PRETRAINED = ROOT / "pretrained"

@@ -418,9 +418,9 @@ class MelDataset(torch.utils.data.Dataset):
 def blurred(mel: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
     """Blurs a mel [num_mels, T] about as acoustic models do, by a Gaussian along each axis.
 
-    The standard deviation along time is that of FRAME_BLUR, in frames. Along frequency it is that
-    of BAND_BLUR, in bands, in the highest band, and falls as the square root of the band, because
-    acoustic models predict the harmonics of low bands well.
+    FRAME_BLUR is the range of the standard deviation along time, in frames. BAND_BLUR is its range
+    along frequency in the highest band, in bands. Lower bands are blurred less, by the square root
+    of their index, because acoustic models predict the harmonics there well.
     """
     frames, bands = random.uniform(*FRAME_BLUR), random.uniform(*BAND_BLUR)
     num_mels, T = mel.shape

@@ -1,5 +1,6 @@
 """torch.hub in a program that has modules of the same names, as HiFi-GAN's repositories do."""
 
+import ast
 import subprocess
 import sys
 
@@ -47,3 +48,18 @@ def test_importing_hubconf_leaves_the_modules_of_this_program_alone():
     assert sys.modules["models"] is models
     assert not isinstance(hubconf.misrnet("frame_v3_universal"), models.Generator)
     assert isinstance(hubconf.log_mel(), torch.nn.Module)
+
+
+def test_the_dependencies_are_all_that_the_hub_imports():
+    found, waiting = set(), {"hubconf", "checkpoint", "env", "inference", "meldataset"}
+    while waiting - found:
+        name = (waiting - found).pop()
+        found.add(name)
+        if (path := ROOT / f"{name}.py").exists():
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.Import):
+                    waiting |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    waiting.add(node.module.partition(".")[0])
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    assert set(hubconf.dependencies) == found - ours - set(sys.stdlib_module_names)

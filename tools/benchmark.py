@@ -233,7 +233,7 @@ def inference_row(config: str, seconds: int, device: torch.device, limits: Limit
 def stream_row(config: str, seconds: int, frames: int, device: torch.device) -> Row:
     """Returns a row of the table of streams: a mel of `seconds`, fed `frames` frames at a time.
 
-    The speed is that of the median piece.
+    The speed is the median over pieces.
     """
     h = load_config(config)
     mel = random_mel(h, seconds)
